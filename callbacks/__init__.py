@@ -1,0 +1,10 @@
+"""Lightning callbacks that carry out the task boundaries; list them in an experiment's `callbacks`."""
+
+from callbacks.base import TaskCallback
+from callbacks.checkpoint import StageCheckpoint
+from callbacks.consolidate import Consolidate
+from callbacks.cost import StageCost
+from callbacks.progress import StageProgress
+from callbacks.transfer import BackwardTransfer
+
+__all__ = ["BackwardTransfer", "Consolidate", "StageCheckpoint", "StageCost", "StageProgress", "TaskCallback"]

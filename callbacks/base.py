@@ -1,0 +1,34 @@
+"""Task boundaries as Lightning hooks."""
+
+import lightning as L
+
+from mcit_lightning.module import MCITModule
+from mcit_lightning.stages import Stage
+
+
+class TaskCallback(L.Callback):
+    """A callback with task boundaries: `on_task_start` before a stage's training, `on_task_end` after it.
+
+    The start is `setup("fit")`: the process group exists, DDP has not wrapped the model and no optimizer was made, so this is
+    the one place where modules may grow or freeze. (Later, ranks would diverge without an error.) The model is still on the CPU
+    there. The end is `on_train_end`, where device and collectives are available; it runs before the stage's final checkpoint is
+    written, so what is decided there is saved. After a kill, a stage that was trained is not started again, and one that was not
+    starts again with the structure that its checkpoint holds: `on_task_start` must accept that its work is done.
+    """
+
+    def on_task_start(self, trainer: L.Trainer, module: MCITModule, stage: Stage) -> None:
+        """Called on every rank before the stage's training."""
+
+    def on_task_end(self, trainer: L.Trainer, module: MCITModule, stage: Stage) -> None:
+        """Called on every rank after the stage's training."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Start of a task; does nothing for validation and test."""
+        if stage == "fit":
+            assert isinstance(pl_module, MCITModule)
+            self.on_task_start(trainer, pl_module, pl_module.stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """End of a task."""
+        assert isinstance(pl_module, MCITModule)
+        self.on_task_end(trainer, pl_module, pl_module.stage)

@@ -1,0 +1,78 @@
+"""`mcit-lightning EXPERIMENT [key=value ...]`: run an experiment, or continue it where it stopped."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+
+from mcit_lightning import __version__
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.
+
+    Returns:
+        Exit status: 0, 2 for bad input, 3 for a full or read-only disk, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mcit-lightning",
+        description="Train and evaluate a sequence of tasks; the same command continues an interrupted run.",
+        epilog="example: mcit-lightning quickstart strategy.rank=4 order=[flags,digits] out=runs/trial",
+    )
+    parser.add_argument("experiment", help="a YAML file, or the name of a shipped experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="takes precedence over the file")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    options = parser.parse_args(arguments)
+    _quiet()
+
+    from mcit_lightning.loading import find_experiment, load_config  # after argparse: --help answers at once
+
+    try:
+        config = load_config(find_experiment(options.experiment), options.overrides)
+        from mcit_lightning.runner import run
+
+        run(config)
+    except ValueError as error:
+        return _fail(error, 2)
+    except OSError as error:
+        return _fail(error, 3)
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).error("interrupted; the same command continues the run")
+        return 130
+    return 0
+
+
+def _fail(error: ValueError | OSError, status: int) -> int:
+    """Log our own errors in one line; let errors that no code of ours raised keep their traceback."""
+    from mcit_lightning.rundir import disk_error
+
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    origin = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    text = str(error)
+    if "DataLoader worker process" in text:  # torch packs the worker's traceback into the message
+        ours = text.rpartition("\nValueError: ")
+        origin, text = ("mcit_lightning", ours[2].strip()) if ours[1] else (origin, text)
+    known = origin.partition(".")[0] in ("mcit_lightning", "callbacks")
+    if isinstance(error, OSError):
+        text, known = disk_error(error), known or error.filename is not None
+    if not known or os.environ.get("MCIT_DEBUG"):
+        raise error
+    logging.getLogger(__name__).error("%s", text)
+    return status
+
+
+def _quiet() -> None:
+    """One line per event: the framework's own log, without Lightning's start-up notes for each of the many Trainers."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("httpx", "datasets", "PIL", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

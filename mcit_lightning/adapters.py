@@ -1,0 +1,157 @@
+"""The one adapter layer: a gated mixture of low-rank branches around a frozen linear.
+
+    y = W0 x + scale * sum_e g_e(x) B_e A_e x
+
+Every method of this framework is this formula. Experts that own their A, branches that share a trunk A, and plain LoRA (one
+branch, no gate) differ only in which A a branch reads, which parameters train and where the gate comes from. The sum is two
+matrix products over the concatenated branches, never a loop over them.
+
+Shapes: B batch, S tokens, E branches, r rank, d_in and d_out the linear's features.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Gate = Tensor | Callable[[Tensor], Tensor] | None
+"""Weights of the branches: [E] for all inputs, [B, E] per sample, [B, S, E] per token, a function of the layer's input that
+returns one of these, or None for weight one everywhere."""
+
+
+class AdapterLinear(nn.Module):
+    """A linear layer with low-rank branches beside it; the base is frozen.
+
+    Each branch's B, and each trunk's A, is a parameter of its own, because `requires_grad` is per parameter and branches freeze
+    one by one. Branches are kept in the order in which they were added; gates index them by that order.
+
+    Args:
+        base: the linear to adapt; kept as the submodule `base`.
+        scale: factor on the sum of the branches (alpha / r).
+        dropout: probability of zeroing an input element of the branches, in training.
+    """
+
+    branch_index: Tensor
+    trunk_columns: Tensor
+
+    def __init__(self, base: nn.Linear, *, scale: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.dropout = nn.Dropout(dropout)
+        self.lora_a = nn.ParameterDict()
+        self.lora_b = nn.ParameterDict()
+        self.trunk_of: dict[str, str] = {}
+        self.gate: Gate = None
+        empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
+        self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
+        self.register_buffer("trunk_columns", empty, persistent=False)  # [sum of ranks]: column of A_cat that feeds it
+
+    # transformers reads these from linears that it does not call itself
+    @property
+    def weight(self) -> Tensor:
+        """The base linear's weight, [d_out, d_in]."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base linear's bias, [d_out], or None."""
+        return self.base.bias
+
+    @property
+    def in_features(self) -> int:
+        """d_in."""
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        return self.base.out_features
+
+    def add_branch(self, name: str, rank: int, *, seed: int, path: str, trunk: str | None = None) -> None:
+        """Add a branch; a second call with the same name and rank does nothing, so that plans can be replayed.
+
+        A is drawn from a generator seeded by (seed, trunk name, module path) and B is zero, so the layer's output does not
+        change, and every rank and every resumed process draws the same numbers.
+
+        Args:
+            name: the branch's key in `lora_b`.
+            rank: r.
+            seed: the run's seed.
+            path: the module's path in the backbone.
+            trunk: key in `lora_a` of the A that it reads; None gives it one of its own. A trunk that exists is shared.
+
+        Raises:
+            ValueError: the branch or the trunk exists with another rank.
+        """
+        trunk = trunk or name
+        shapes = (("branch", self.lora_b, name, 1), ("trunk", self.lora_a, trunk, 0))
+        for kind, table, key, axis in shapes:
+            if key in table and table[key].shape[axis] != rank:
+                raise ValueError(f"{path}: {kind} {key!r} has rank {table[key].shape[axis]}, asked for {rank}")
+        device = self.base.weight.device
+        if trunk not in self.lora_a:
+            self.lora_a[trunk] = nn.Parameter(_kaiming(rank, self.in_features, (seed, trunk, path), device))
+        if name not in self.lora_b:
+            self.lora_b[name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+            self.trunk_of[name] = trunk
+        self._index()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.lora_b:
+            return y
+        a = _concatenate(list(self.lora_a.values()), 0)
+        b = _concatenate(list(self.lora_b.values()), 1)
+        x = self.dropout(x)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(a.dtype)
+        hidden = F.linear(x, a)
+        if len(self.lora_a) != len(self.lora_b):
+            hidden = hidden.index_select(-1, self.trunk_columns)  # every branch gets its trunk's columns
+        gate = self.gate(x) if callable(self.gate) else self.gate
+        if gate is not None:
+            gate = gate.to(hidden.dtype)
+            if gate.dim() == 2 and hidden.dim() == 3:
+                gate = gate.unsqueeze(1)
+            hidden = hidden * gate.index_select(-1, self.branch_index)
+        return y + (self.scale * F.linear(hidden, b)).to(y.dtype)
+
+    def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names (relative to this module) and parameters of trunks and branches."""
+        for prefix, table in (("lora_a", self.lora_a), ("lora_b", self.lora_b)):
+            for name, parameter in table.items():
+                yield f"{prefix}.{name}", parameter
+
+    def extra_repr(self) -> str:
+        """Branches and trunks, for printing."""
+        return f"branches={list(self.lora_b)}, trunks={list(self.lora_a)}, scale={self.scale}"
+
+    def _index(self) -> None:
+        device = self.base.weight.device
+        ranks = [parameter.shape[1] for parameter in self.lora_b.values()]
+        starts, start = {}, 0
+        for trunk, parameter in self.lora_a.items():
+            starts[trunk] = start
+            start += parameter.shape[0]
+        columns = [starts[self.trunk_of[name]] + i for name, rank in zip(self.lora_b, ranks, strict=True) for i in range(rank)]
+        owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+        self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
+        self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)
+
+
+def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _kaiming(rank: int, features: int, key: tuple[int, str, str], device: torch.device) -> Tensor:
+    """[rank, features], Kaiming uniform with a = sqrt(5) as LoRA (Hu et al. 2022) is commonly initialised; always float32."""
+    if device.type == "meta":
+        return torch.empty(rank, features, device=device)
+    generator = torch.Generator().manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
+    weight = torch.empty(rank, features)
+    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    return weight.to(device)

@@ -1,0 +1,135 @@
+"""The configuration schema: what an experiment file may say, with types and defaults.
+
+The dataclasses are the single source of truth. `mcit_lightning.loading` turns YAML files and command-line overrides into an
+`ExperimentConfig`; nothing here imports torch, so that a wrong key is reported before anything heavy loads.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass
+class BackboneConfig:
+    """Which vision-language model is tuned, and how it is loaded."""
+
+    id: str = MISSING
+    """A local folder or a Hugging Face hub name that `AutoModelForImageTextToText` loads."""
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the frozen base. `auto`: bfloat16 where the precision is bf16-mixed, else float32."""
+    attention: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2`, ...; None leaves the choice to transformers."""
+    activation_checkpointing: bool = False
+    """Recompute activations of the decoder (and of an adapted vision tower) in the backward pass."""
+    train_projector: bool = True
+    """Tune the projector between the towers together with the adapters."""
+    projector: str | None = None
+    """Dotted path of the projector inside the model; None finds it for the known LLaVA-style families."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint. Never switched on by the framework."""
+
+
+@dataclass
+class PromptConfig:
+    """How a conversation becomes text. The same template serves training and evaluation."""
+
+    template: Literal["chat", "vicuna", "plain"] = "chat"
+    """`chat`: the processor's own chat template; `vicuna`: Vicuna v1 as LLaVA-1.5 uses it; `plain`: question, newline, answer."""
+    suffix: str = ""
+    """Text appended to every question of evaluation rows, for example an answer-format instruction."""
+
+
+@dataclass
+class DataConfig:
+    """The stream of tasks: where the files are and how batches are made."""
+
+    root: str = MISSING
+    """Folder to which the tasks' paths are relative."""
+    batch_size: int = 8
+    """Samples per device and training step."""
+    eval_batch_size: int = 16
+    num_workers: int = 0
+    max_length: int = 2048
+    """Tokens, image tokens included. A longer training sample loses the end of its text, never image tokens; one that has no
+    answer token left is dropped from the loss. Both are counted and reported."""
+    max_new_tokens: int = 32
+    group_by_length: bool = True
+    """Put samples of similar length into the same batch."""
+    limit_train: int | None = None
+    """Use at most this many rows of each task's training split (a seeded sample)."""
+    limit_val: int | None = None
+    limit_test: int | None = None
+    fraction: float = 1.0
+    """Use this fraction of each training split (a seeded sample, after which `limit_train` applies)."""
+
+
+@dataclass
+class TaskConfig:
+    """One task of the sequence. What is None falls back to `data` or `optim`."""
+
+    train: str | None = None
+    """Training file relative to `data.root` (.json, .jsonl), or a Hugging Face dataset when `format` is `hf`."""
+    val: str | None = None
+    test: str | None = None
+    images: str = ""
+    """Folder, relative to `data.root`, to which the rows' image paths are relative."""
+    format: Literal["auto", "json", "jsonl", "hf"] = "auto"
+    """`auto` decides by the file's ending."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """For `hf`: our field name (`id`, `image`, `question`, `answer`) to the dataset's column."""
+    metric: str = "exact_match"
+    epochs: int = 1
+    batch_size: int | None = None
+    lr: float | None = None
+    """Learning rate of the language and vision groups for this task."""
+    max_new_tokens: int | None = None
+    prompt_suffix: str | None = None
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with warm-up and cosine per stage, one named parameter group per tower."""
+
+    lr: float = 2.0e-4
+    """Language tower, and every group that names no rate of its own."""
+    vision_lr: float | None = None
+    projector_lr: float | None = None
+    strategy_lr: float | None = None
+    """Routers and other parameters that the strategy owns."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+
+
+@dataclass
+class ExperimentConfig:
+    """A whole experiment: one backbone, one strategy, one sequence of tasks."""
+
+    name: str = MISSING
+    seed: int = 42
+    out: str | None = None
+    """Run directory; None means `runs/<name>`."""
+    overwrite: bool = False
+    """Start over in a run directory that holds a finished or different run (the old one is deleted)."""
+    zero_shot: bool = True
+    """Evaluate the pretrained model on every task before training."""
+    evaluate: Literal["seen", "all"] = "seen"
+    """Tasks evaluated after each stage. `all` also evaluates tasks still to come, for forward transfer."""
+    prepare: dict[str, Any] | None = None
+    """`{_target_: dotted.path, ...}`: called as `target(root=Path(data.root), ...)` on rank zero before anything loads."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    order: list[str] = field(default_factory=list)
+    """Names of the tasks, in the order in which they are learnt."""
+    tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    """`name` and the hyper-parameters of that strategy's `Config`."""
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    """`{_target_: callbacks.Name, ...}` each, in execution order."""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """Arguments of `lightning.Trainer`. `precision: auto` is bf16-mixed on a GPU that has it, else 32-true."""

@@ -1,0 +1,47 @@
+"""Which precision and which Lightning strategy (engine) a run uses."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+
+def resolve_precision(trainer: Mapping[str, Any]) -> str:
+    """`auto` (or nothing): bf16-mixed on a GPU that computes in bfloat16, else 32-true; anything else is taken as it is."""
+    precision = str(trainer.get("precision", "auto"))
+    if precision != "auto":
+        return precision
+    on_gpu = trainer.get("accelerator", "auto") not in ("cpu",) and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy | str:
+    """The Lightning strategy for one Trainer.
+
+    DDP is built here rather than named, for two settings: buffers are not broadcast (rank zero's routing counts would replace
+    every rank's), and unused parameters are looked for only where there can be any.
+
+    Args:
+        trainer: the `trainer` section.
+        find_unused: a trainable parameter may get no gradient in a step.
+    """
+    engine = str(trainer.get("strategy", "auto"))
+    if engine.startswith("ddp") or (engine == "auto" and _devices(trainer) > 1):
+        find_unused = find_unused or "find_unused_parameters_true" in engine
+        return DDPStrategy(find_unused_parameters=find_unused, broadcast_buffers=False)
+    return engine
+
+
+def _devices(trainer: Mapping[str, Any]) -> int:
+    """Processes that the Trainer will start, as far as that matters for choosing DDP."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        count = torch.cuda.device_count() if trainer.get("accelerator", "auto") != "cpu" else 1
+    else:
+        count = int(devices)
+    return max(launched, count * nodes)

@@ -1,0 +1,172 @@
+"""From YAML files and `key=value` overrides to a checked `ExperimentConfig`.
+
+Order of precedence: schema defaults, then the files named under `base:` (left to right, each with its own bases), then the file,
+then the command line. Every mistake is a `ValueError` that names the key, the value and the nearest valid name.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.registry import nearest
+
+
+def cache_dir(name: str = "") -> str:
+    """Folder for files that are made once and shared by all runs: `$MCIT_CACHE`, else the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(os.environ.get("MCIT_CACHE") or Path(home) / "mcit_lightning")
+    return str(base / name)
+
+
+def experiments_dir() -> Path:
+    """Folder of the shipped experiments: the repository's `experiments/`, or the copy inside an installed wheel."""
+    repository = Path(__file__).resolve().parent.parent / "experiments"
+    return repository if repository.is_dir() else Path(__file__).resolve().parent / "experiments"
+
+
+def find_experiment(name: str) -> Path:
+    """The file of an experiment given by path or by bare name.
+
+    Raises:
+        ValueError: there is none; lists what there is.
+    """
+    folder = experiments_dir()
+    for candidate in (Path(name), folder / f"{name}.yaml", folder / Path(name).name):
+        if candidate.is_file():
+            return candidate
+    known = [path.stem for path in folder.glob("*.yaml")]
+    raise ValueError(f"no experiment {name!r}: neither a file nor in {folder}. {nearest(Path(name).stem, known)}")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentConfig:
+    """Read an experiment file with its bases and overrides, and check it without loading model or data.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` strings, for example `tasks.flags.epochs=2` or `order=[flags,digits]`.
+
+    Raises:
+        ValueError: any unreadable file, unknown key, wrong type, missing value, or unknown strategy, metric, callback or
+            trainer argument.
+    """
+    from mcit_lightning.validation import validate  # imports torch: not needed to report a wrong key
+
+    if not OmegaConf.has_resolver("cache"):
+        register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # renamed in OmegaConf 2.4
+        register("cache", cache_dir)
+    merged: DictConfig = OmegaConf.structured(ExperimentConfig)
+    for file, content in _with_bases(Path(path), ()):
+        merged = _merge(merged, content, str(file))
+    for override in overrides:
+        _override(merged, override)
+    try:
+        config = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{path}: {error.full_key} is not set and has no default; add it to the file or the command line") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+    assert isinstance(config, ExperimentConfig)
+    if not config.order:
+        config.order = list(config.tasks)
+    validate(config, str(path))
+    return config
+
+
+def to_yaml(config: ExperimentConfig) -> str:
+    """The resolved configuration as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> leaf value, for comparing configurations."""
+    if isinstance(node, Mapping):
+        items: Iterable[tuple[Any, Any]] = node.items()
+    elif isinstance(node, list | tuple):
+        items = enumerate(node)
+    else:
+        return {prefix: node}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def _with_bases(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
+    """The file's content preceded by its bases', in order of merging."""
+    path = path.resolve()
+    if path in chain:
+        raise ValueError(f"base: {' -> '.join(str(p) for p in (*chain, path))} is a cycle")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"no such file {path}" + (f", named under 'base:' in {chain[-1]}" if chain else "")) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    # OmegaConf's own YAML loader reads 1e-4 as a number; PyYAML is used above only to report the place of a syntax error.
+    content = OmegaConf.to_container(OmegaConf.load(path)) if content else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: the file must be a mapping of keys to values, not a {type(content).__name__}")
+    bases = content.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: base: must be a file name or a list of file names, not {bases!r}")
+    files: list[tuple[Path, dict[str, Any]]] = []
+    for base in bases:
+        files += _with_bases(path.parent / base, (*chain, path))
+    return [*files, (path, content)]
+
+
+def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConfig:
+    _check_keys(content, ExperimentConfig, source, "")
+    try:
+        result = OmegaConf.merge(merged, content)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {error.full_key or ''}: {_first_line(error)}") from error
+    assert isinstance(result, DictConfig)
+    return result
+
+
+def _override(merged: DictConfig, override: str) -> None:
+    """Apply one `key=value`, in place."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: write it as key=value, for example tasks.flags.epochs=2")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML: {_first_line(error)}") from error
+    nested: Any = value
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    _check_keys(nested, ExperimentConfig, f"override {override!r}", "")
+    parts = key.split(".")
+    if parts[0] == "tasks" and len(parts) > 2 and parts[1] not in merged.tasks:
+        raise ValueError(f"override {override!r}: no task {parts[1]!r}. {nearest(parts[1], map(str, merged.tasks))}")
+    try:
+        OmegaConf.update(merged, key, value, merge=True)
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"override {override!r}: {_first_line(error)}") from error
+
+
+def _check_keys(content: Any, schema: Any, source: str, prefix: str) -> None:
+    """Unknown keys of dataclass nodes; OmegaConf finds them too, but not always with the full key and a suggestion."""
+    if is_dataclass(schema) and isinstance(content, dict):
+        hints = get_type_hints(schema)
+        for key, value in content.items():
+            if key not in hints:
+                raise ValueError(f"{source}: unknown key {prefix}{key!s} (value {value!r}). {nearest(str(key), hints)}")
+            _check_keys(value, hints[key], source, f"{prefix}{key}.")
+    elif get_origin(schema) is dict and isinstance(content, dict):
+        for key, value in content.items():
+            _check_keys(value, get_args(schema)[1], source, f"{prefix}{key}.")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,82 @@
+"""TensorBoard over a whole run: one continuous training axis through all stages, and the forgetting curves."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from typing_extensions import override
+
+from mcit_lightning.evaluation.figures import matrix_image
+from mcit_lightning.evaluation.results import Results
+
+CURVES = "forgetting"
+"""Tags `forgetting/<task>` hold the score of a task after each stage."""
+SUMMARIES = ("MFT", "MFN", "MAA", "BWT")
+
+
+class StageTensorBoardLogger(TensorBoardLogger):
+    """Writes to `<root>/tensorboard` with two axes.
+
+    Training and evaluation scalars of the Trainer are placed at the optimizer step of the whole run: every stage's Trainer counts
+    from zero, and `step_offset` holds the steps of the stages before. The forgetting curves have the number of the stage as their
+    step: 1 after the first stage, 0 for the zero-shot evaluation.
+
+    Args:
+        root: the run directory.
+        step_offset: optimizer steps of all finished stages; the runner advances it after each stage.
+        purge_step: step of the whole run (offset included) from which on a stage is repeated after a resume. What an interrupted
+            process had written from there on is hidden.
+    """
+
+    def __init__(self, root: Path, *, step_offset: int = 0, purge_step: int | None = None) -> None:
+        super().__init__(save_dir=root, name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step)
+        self.step_offset = step_offset
+        self._purged_from = purge_step
+        self._has_layout = False
+
+    @override
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics(metrics, None if step is None else step + self.step_offset)
+
+    @rank_zero_only
+    def log_forgetting(self, results: Results, stage: int) -> None:
+        """Add the scores and summaries after a stage to the curves, and the matrix as a picture.
+
+        Args:
+            results: the results, the stage's included.
+            stage: 1-based row of the matrix that the stage filled; 0 for the zero-shot evaluation.
+        """
+        if not self._has_layout:
+            self.experiment.add_custom_scalars(_layout(results.tasks))
+            self._has_layout = True
+        if self._purged_from is not None:  # a purge hides every tag from its step on: give back what it took from these curves
+            for earlier in range(self._purged_from, stage):
+                self._log_row(results, earlier)
+            self._purged_from = None
+        self._log_row(results, stage)
+        self.experiment.add_image("accuracy_matrix", matrix_image(results.matrix), stage, dataformats="HWC")
+        self.experiment.flush()
+
+    def _log_row(self, results: Results, stage: int) -> None:
+        scores = results.zero_shot if stage == 0 else results.matrix.scores[stage - 1]
+        summary = results.matrix.summary(stage - 1) if stage > 0 else {}
+        values = {f"{CURVES}/{task}": score for task, score in zip(results.tasks, scores or (), strict=bool(scores))}
+        values.update({f"summary/{name}": summary.get(name) for name in SUMMARIES})
+        super().log_metrics({tag: value for tag, value in values.items() if value is not None}, stage)
+
+
+def _layout(tasks: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """The page "Custom scalars": all forgetting curves in one chart, the summaries in another."""
+
+    def exactly(tags: list[str]) -> list[str]:
+        return [f"^{re.escape(tag)}$" for tag in tags]
+
+    return {
+        "Continual learning": {
+            "Forgetting curves (score after each stage)": ["Multiline", exactly([f"{CURVES}/{task}" for task in tasks])],
+            "Summaries after each stage": ["Multiline", exactly([f"summary/{name}" for name in SUMMARIES])],
+        }
+    }

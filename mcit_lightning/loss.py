@@ -1,0 +1,37 @@
+"""The language-modelling loss, computed on answer tokens only."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Batch = dict[str, Any]
+"""What the collators make; `mcit_lightning.data.collate` documents the keys."""
+
+
+@dataclass
+class LossOutput:
+    """A scalar loss to minimise, and parts of it to log under their names."""
+
+    loss: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits that predict the answer tokens, [N, vocabulary].
+
+    The output head is applied to these N positions alone: with short answers the vocabulary product over the whole sequence
+    would cost more than the decoder. The positions come from the collator, so no boolean mask has to be read back from the device.
+    """
+    hidden = model.base_model(**batch["inputs"]).last_hidden_state
+    selected = hidden.flatten(0, 1).index_select(0, batch["positions"])
+    return model.get_output_embeddings()(selected)
+
+
+def answer_loss(model: PreTrainedModel, batch: Batch) -> LossOutput:
+    """Mean cross-entropy over the answer tokens of the micro-batch, in float32; zero if there are none."""
+    logits = answer_logits(model, batch).float()
+    total = F.cross_entropy(logits, batch["targets"], reduction="sum")
+    return LossOutput(total / max(batch["targets"].numel(), 1))

@@ -1,0 +1,258 @@
+"""`MCITModule`: a LLaVA-style model with a pluggable continual strategy, as a LightningModule."""
+
+import logging
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from mcit_lightning.backbone import Backbone
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.evaluation.metrics import AnswerMetric, get_metric
+from mcit_lightning.evaluation.results import Results
+from mcit_lightning.generation import generate_answers
+from mcit_lightning.loss import Batch
+from mcit_lightning.optimization import build_optimizer, build_schedule
+from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
+from mcit_lightning.stages import Stage
+from mcit_lightning.strategies import ContinualStrategy
+
+logger = logging.getLogger(__name__)
+
+
+class MCITModule(L.LightningModule):
+    """The only owner of structure and weights.
+
+    It grows by `TaskPlan`s, keeps them in an append-only log, saves adapters (with the projector and the strategy's own state)
+    and the log, and restores by replaying the log before the weights load.
+
+    Args:
+        backbone: model, processor and towers, frozen.
+        strategy: the continual-learning method.
+        config: the experiment.
+        run_id: identity of the run; checkpoints of another run are refused.
+    """
+
+    results: Results
+
+    def __init__(self, backbone: Backbone, strategy: ContinualStrategy, config: ExperimentConfig, run_id: str = "") -> None:
+        super().__init__()
+        self.model = backbone.model
+        self.strategy = strategy
+        self.towers = backbone.towers
+        self.processor = backbone.processor
+        self.config = config
+        self.run_id = run_id
+        self.structure = StructureLog()
+        self.answer_metrics: dict[str, AnswerMetric] = {}
+        strategy.seed = config.seed
+        if config.backbone.train_projector:
+            for path in self.towers.projector:
+                self.model.get_submodule(path).float()  # trains in float32 even where the frozen base is bfloat16
+        self._pretrained_projector = {
+            name: parameter.detach().cpu().clone() for name, parameter in self.model.named_parameters() if self._in_projector(name)
+        }
+
+    @property
+    def strict_loading(self) -> bool:
+        """False: checkpoints hold adapters only. `on_load_checkpoint` compares the key sets instead."""
+        return False
+
+    # ------------------------------------------------------------------------------------------------------------ structure
+
+    @property
+    def stage(self) -> Stage:
+        """The stage that the data module streams."""
+        return self.trainer.datamodule.stage  # type: ignore[attr-defined,no-any-return]
+
+    def grow(self, plan: TaskPlan) -> None:
+        """Build what a plan says and log it. A plan of a stage that has been carried out already is not carried out again."""
+        if self.structure.plan(plan.stage) is None:
+            self.strategy.grow(self.towers, plan)
+            self.structure.append(plan)
+
+    def freeze_branches(self, record: FreezeRecord) -> None:
+        """Carry out a freeze record and log it."""
+        self.strategy.freeze(self.towers, record)
+        self.structure.append(record)
+
+    def replay(self, items: list[dict[str, Any]]) -> None:
+        """Rebuild the structure that a checkpoint's log describes; entries that are there already are skipped.
+
+        Raises:
+            ValueError: the log contradicts the structure that this module has.
+        """
+        log = StructureLog.from_list(items)
+        if self.structure.to_list() != log.to_list()[: len(self.structure)]:
+            raise ValueError("the checkpoint's structure log contradicts the model's; it belongs to another run")
+        for entry in log.entries[len(self.structure) :]:
+            self.grow(entry) if isinstance(entry, TaskPlan) else self.freeze_branches(entry)
+
+    def reset(self) -> None:
+        """Back to the pretrained model: no adapters, the projector as it was loaded, an empty log."""
+        self.towers.detach_all()
+        self.structure = StructureLog()
+        with torch.no_grad():
+            for name, value in self._pretrained_projector.items():
+                self.model.get_parameter(name).copy_(value)
+
+    def setup(self, stage: str) -> None:
+        """Before training: carry out the default plan if no callback decided one, and set what trains."""
+        if stage != "fit":
+            return
+        if self.structure.plan(self.stage.name) is None:
+            self.grow(self.strategy.plan(self.stage, self.towers))
+        self.requires_grad_(False)
+        trained = list(self.strategy.trainable(self.towers, self.stage))
+        if self.config.backbone.train_projector:
+            trained += [self.model.get_parameter(name) for name in self._pretrained_projector]
+        if not trained:
+            raise ValueError(f"strategy {self.config.strategy['name']!r} trains no parameter in stage {self.stage.name!r}")
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if self.global_rank == 0:
+            size = sum(parameter.numel() for parameter in trained)
+            logger.info("adapters in stage %s:\n%s", self.stage.name, self.towers.describe())
+            logger.info("%s parameters train, projector included", f"{size:,}")
+
+    # ------------------------------------------------------------------------------------------------------------- training
+
+    def on_train_start(self) -> None:
+        """from_pretrained returns eval mode, in which transformers skips activation checkpointing; frozen towers stay in eval."""
+        self.model.train()
+        if not any(parameter.requires_grad for parameter in self.model.get_submodule(self.towers.vision).parameters()):
+            self.model.get_submodule(self.towers.vision).eval()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one micro-batch, [] (a scalar)."""
+        with self.strategy.routing(batch, self.stage.name):
+            output = self.strategy.loss(self.model, batch, self.stage)
+        size = len(batch["id"])
+        self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
+        for name, value in output.parts.items():
+            self.log(f"train/{name}", value.detach(), batch_size=size)
+        self.log("train/tokens", float(batch["num_tokens"]), batch_size=size)
+        for name in ("shortened", "dropped"):
+            self.log(f"train/{name}", float(batch[name]), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=size)
+        for group in self.trainer.optimizers[0].param_groups:
+            self.log(f"lr/{group['name']}", group["lr"], batch_size=size)
+        return output.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Validation loss of the stage's tasks."""
+        with self.strategy.routing(batch, self.stage.name):
+            output = self.strategy.loss(self.model, batch, self.stage)
+        self.log("val/loss", output.loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True, add_dataloader_idx=False)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with named groups; warm-up and decay over the optimizer steps of this stage."""
+        tasks = self.stage.train
+        task_lr = self.config.tasks[tasks[0]].lr if len(tasks) == 1 else None
+        optimizer = build_optimizer(self.named_parameters(), self._group_of, self.config.optim, task_lr=task_lr)
+        schedule = build_schedule(optimizer, self.config.optim, self._stage_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _stage_steps(self) -> int:
+        """Optimizer steps of this stage. Not `trainer.estimated_stepping_batches`: it makes a resumed loader start over."""
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        batches, limit = len(stream.train_dataloader()), self.trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        per_epoch = -(-batches // self.trainer.accumulate_grad_batches)
+        return max(1, per_epoch * stream.epochs(self.stage))
+
+    def _group_of(self, name: str) -> str:
+        if name.startswith("strategy."):
+            return "strategy"
+        return self.towers.tower_of(name.removeprefix("model.")) or "language"
+
+    # ----------------------------------------------------------------------------------------------------------- evaluation
+
+    def on_test_start(self) -> None:
+        """Fresh metrics for the tasks that are about to be evaluated."""
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.answer_metrics = {task: get_metric(stream.metric(task))().to(self.device) for task in stream.test_tasks}
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Generate and score answers; returns one prediction record per row (see `callbacks.BackwardTransfer`)."""
+        task = batch["task"][0]
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        with self.strategy.routing(batch, None):
+            texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task))
+        metric = self.answer_metrics[task]
+        metric.update(texts, batch["reference"], batch["extra"])
+        return [
+            {
+                "index": batch["index"][row],
+                "question_id": batch["id"][row],
+                "prompt": batch["prompt"][row],
+                "text": text,
+                "answer": batch["reference"][row],
+                "score": metric.score(text, batch["reference"][row], batch["extra"][row]),
+                "task": task,
+                "answer_id": f"{self.run_id}-{batch['id'][row]}",
+                "model_id": self.config.name,
+                "metadata": {},
+            }
+            for row, text in enumerate(texts)
+        ]
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/<task>/<metric>` in percent; the metrics sum over ranks themselves."""
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        values = {f"test/{task}/{stream.metric(task)}": metric.compute() for task, metric in self.answer_metrics.items()}
+        # not to TensorBoard: a test after a skipped fit would land on another step; BackwardTransfer logs by stage instead
+        self.log_dict(values, logger=False, sync_dist=False, rank_zero_only=False)
+
+    # ---------------------------------------------------------------------------------------------------------- checkpoints
+
+    def saved_keys(self) -> set[str]:
+        """Names in `state_dict()` that belong in a checkpoint: adapters, the projector if it trains, the strategy's state."""
+        keys = {
+            f"model.{path}.{name}" for path, layer in self.towers.adapters.items() for name, _ in layer.adapter_parameters()
+        }
+        if self.config.backbone.train_projector:
+            keys |= {f"model.{name}" for name in self._pretrained_projector}
+        return keys | {f"strategy.{name}" for name in self.strategy.state_dict()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was tuned, and add what is needed to rebuild the structure."""
+        keys = self.saved_keys()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in keys}
+        checkpoint["mcit"] = {"format": 1, "run_id": self.run_id, "structure": self.structure.to_list(), "stage": self.stage.name}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Replay the structure and check that the file fits it exactly.
+
+        Raises:
+            ValueError: the file is of another run or format, or its keys differ from the structure's.
+        """
+        about = checkpoint.get("mcit")
+        if not isinstance(about, dict) or about.get("format") != 1:
+            raise ValueError("the file is not a checkpoint of mcit_lightning (no 'mcit' entry of format 1)")
+        if self.run_id and about["run_id"] != self.run_id:
+            raise ValueError(f"the checkpoint belongs to run {about['run_id']}, this is run {self.run_id}")
+        self.replay(about["structure"])
+        expected, found = self.saved_keys(), set(checkpoint["state_dict"])
+        if expected != found:
+            raise ValueError(
+                "the checkpoint does not match the planned structure: "
+                f"missing {sorted(expected - found)[:5]}, unexpected {sorted(found - expected)[:5]}"
+            )
+
+    def load_weights(self, checkpoint: dict[str, Any]) -> None:
+        """`on_load_checkpoint` and the weights, outside of a fit. Raises as there, and ValueError for a wrong shape."""
+        self.on_load_checkpoint(checkpoint)
+        try:
+            self.load_state_dict(checkpoint["state_dict"], strict=False)
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint does not match the planned structure: {error}") from error
+
+    def _in_projector(self, name: str) -> bool:
+        return self.towers.tower_of(name) == "projector"
+
+    @staticmethod
+    def count_parameters(module: nn.Module, *, trainable: bool) -> int:
+        """Number of parameters of a module, all or only those that train."""
+        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)

@@ -1,0 +1,88 @@
+"""The interface that a continual-learning method implements. A new method is one file with one subclass."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mcit_lightning.loss import Batch, LossOutput, answer_loss
+from mcit_lightning.plans import FreezeRecord, TaskPlan
+from mcit_lightning.registry import Registry
+from mcit_lightning.stages import Stage, sequential_stages
+from mcit_lightning.towers import Towers
+
+
+@dataclass
+class StrategyConfig:
+    """Base of the strategies' hyper-parameters; has none of its own."""
+
+
+class ContinualStrategy(nn.Module):
+    """A continual-learning method: what to add for a stage, what to train, and how to route.
+
+    A strategy decides and computes; it knows no Trainer. Lightning callbacks choose the moment (`callbacks/`), the module owns
+    structure and weights (`MCITModule`). Trainable state of the strategy itself (routers, keys) is kept in submodules, so it is
+    saved with the adapters. Hooks run on every rank and must be deterministic given their arguments.
+
+    Args:
+        config: an instance of the class's `Config`.
+    """
+
+    Config: ClassVar[type] = StrategyConfig
+    """Dataclass with the hyper-parameters; checks ranges in `__post_init__` with ValueError."""
+    uses_all_parameters: ClassVar[bool] = True
+    """Every trainable parameter gets a gradient in every step. False makes DDP look for unused ones."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.seed = 0  # the module sets the experiment's seed; new adapters draw their initial values from it
+
+    @classmethod
+    def stages(cls, tasks: list[str]) -> list[Stage]:
+        """The training stages of a task sequence; default: one per task, in order."""
+        return sequential_stages(tasks)
+
+    def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
+        """Decide what the stage adds to the model, without side effects.
+
+        Raises:
+            ValueError: a configured target matches nothing in this model.
+        """
+        raise NotImplementedError
+
+    def grow(self, towers: Towers, plan: TaskPlan) -> None:
+        """Build what the plan says. Replayed on a fresh model when a run resumes, so it depends on its arguments alone."""
+        raise NotImplementedError
+
+    def freeze(self, towers: Towers, record: FreezeRecord) -> None:
+        """Carry out a freeze record; replayed like `grow`."""
+        raise NotImplementedError
+
+    def trainable(self, towers: Towers, stage: Stage) -> Iterable[nn.Parameter]:
+        """Parameters that train in this stage, the projector aside; everything else is frozen. Default: all adapters."""
+        for layer in towers.adapters.values():
+            for _, parameter in layer.adapter_parameters():
+                yield parameter
+        yield from self.parameters()
+
+    def loss(self, model: nn.Module, batch: Batch, stage: Stage) -> LossOutput:
+        """Training loss of a batch; default: cross-entropy on the answer tokens."""
+        return answer_loss(model, batch)  # type: ignore[arg-type]
+
+    def routing(self, batch: Batch, task: str | None) -> AbstractContextManager[None]:
+        """Context in which the model runs on a batch: sets gates before, clears them after.
+
+        Args:
+            task: the task's name in training; None in evaluation, where no task id may be used.
+        """
+        return nullcontext()
+
+    def end_task(self, towers: Towers, stage: Stage) -> FreezeRecord | None:
+        """Consolidate after a stage's training, and say what freezes for ever, if anything."""
+        return None
+
+
+STRATEGIES: Registry[ContinualStrategy] = Registry("strategy")

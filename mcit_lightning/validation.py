@@ -1,0 +1,145 @@
+"""Checks across the configuration, made before model or data are touched."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import lightning as L
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.evaluation.metrics import get_metric
+from mcit_lightning.instantiate import check_arguments, split_node
+from mcit_lightning.registry import nearest
+from mcit_lightning.strategies import STRATEGIES, ContinualStrategy
+
+RUNNER_SETS = {
+    "callbacks": "use the experiment's callbacks list",
+    "default_root_dir": "use out",
+    "enable_checkpointing": "callbacks.StageCheckpoint writes the checkpoints",
+    "logger": "the runner adds the TensorBoard logger",
+    "max_epochs": "use tasks.<name>.epochs",
+    "max_steps": "use tasks.<name>.epochs or data.limit_train",
+    "max_time": "stop the run and start the same command again instead",
+    "use_distributed_sampler": "the data module shards by itself",
+}
+"""Trainer arguments that the runner sets per stage, and what to use instead."""
+
+REFUSED_ENGINES = {
+    "fsdp": "FSDP1 cannot be fitted twice, and there is one fit per stage; use ddp",
+    "deepspeed": "DeepSpeed cannot be initialised again for the next stage in one process; use ddp",
+    "ddp_spawn": "spawned processes end with each fit; use ddp",
+    "ddp_notebook": "forked processes end with each fit; use ddp",
+}
+
+
+def validate(config: ExperimentConfig, source: str) -> None:
+    """Check everything that can be checked without model and data.
+
+    Raises:
+        ValueError: with `source`, the key, the value and what is valid.
+    """
+    try:
+        _tasks(config)
+        _ranges(config)
+        build_strategy(config.strategy)
+        for index, node in enumerate(config.callbacks):
+            target, kwargs = split_node(node, f"callbacks[{index}]")
+            if not (inspect.isclass(target) and issubclass(target, L.Callback)):
+                raise ValueError(f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback")
+            check_arguments(target, kwargs, f"callbacks[{index}]")
+        if config.prepare is not None:
+            target, kwargs = split_node(config.prepare, "prepare")
+            check_arguments(target, kwargs, "prepare", given=("root",))
+        _trainer(config.trainer)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def build_strategy(node: Mapping[str, Any]) -> ContinualStrategy:
+    """The strategy that a configuration node describes.
+
+    Raises:
+        ValueError: no name, an unknown strategy or hyper-parameter, or a value of the wrong type or range.
+    """
+    values = dict(node)
+    name = values.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"strategy.name: is {name!r}, must name a strategy. Known: {', '.join(sorted(STRATEGIES))}.")
+    try:
+        cls = STRATEGIES.get(name)
+    except ValueError as error:
+        raise ValueError(f"strategy.name: {error}") from error
+    known = [f.name for f in fields(cls.Config)]
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"strategy.{key} (value {value!r}): unknown hyper-parameter of {name!r}. {nearest(key, known)}")
+    try:
+        hyper = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Config), values))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"strategy.{error.full_key or ''}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"strategy: {error}") from error
+    return cls(hyper)
+
+
+def _tasks(config: ExperimentConfig) -> None:
+    if not config.tasks:
+        raise ValueError("tasks: is empty; name at least one task with its train and test files")
+    if len(set(config.order)) != len(config.order):
+        raise ValueError(f"order: names a task twice: {config.order}")
+    for name in config.order:
+        if name not in config.tasks:
+            raise ValueError(f"order: no task {name!r}. {nearest(name, config.tasks)}")
+        task = config.tasks[name]
+        for split in ("train", "test"):
+            if getattr(task, split) is None:
+                raise ValueError(f"tasks.{name}.{split}: is not set; give the file of that split, relative to data.root")
+        try:
+            get_metric(task.metric)
+        except ValueError as error:
+            raise ValueError(f"tasks.{name}.metric: {error}") from error
+
+
+def _ranges(config: ExperimentConfig) -> None:
+    positive: dict[str, float | None] = {
+        "data.batch_size": config.data.batch_size,
+        "data.eval_batch_size": config.data.eval_batch_size,
+        "data.max_length": config.data.max_length,
+        "data.max_new_tokens": config.data.max_new_tokens,
+        "data.limit_train": config.data.limit_train,
+        "data.limit_val": config.data.limit_val,
+        "data.limit_test": config.data.limit_test,
+        "optim.lr": config.optim.lr,
+        "optim.vision_lr": config.optim.vision_lr,
+        "optim.projector_lr": config.optim.projector_lr,
+        "optim.strategy_lr": config.optim.strategy_lr,
+    }
+    for name in config.order:
+        task = config.tasks[name]
+        for key in ("epochs", "batch_size", "lr", "max_new_tokens"):
+            positive[f"tasks.{name}.{key}"] = getattr(task, key)
+    for key, value in positive.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{key}: is {value}, must be greater than 0")
+    if not 0 < config.data.fraction <= 1:
+        raise ValueError(f"data.fraction: is {config.data.fraction}, must be in (0, 1]")
+    if not 0 <= config.optim.warmup_ratio <= 1:
+        raise ValueError(f"optim.warmup_ratio: is {config.optim.warmup_ratio}, must be in [0, 1]")
+    if config.data.num_workers < 0 or config.optim.weight_decay < 0:
+        raise ValueError("data.num_workers and optim.weight_decay must not be negative")
+
+
+def _trainer(node: Mapping[str, Any]) -> None:
+    known = [name for name in inspect.signature(L.Trainer).parameters if name not in RUNNER_SETS]
+    for key, value in node.items():
+        if key in RUNNER_SETS:
+            raise ValueError(f"trainer.{key} (value {value!r}): is set by the runner; {RUNNER_SETS[key]}")
+        if key not in known:
+            raise ValueError(f"trainer.{key} (value {value!r}): unknown argument of lightning.Trainer. {nearest(key, known)}")
+    engine = str(node.get("strategy", "auto"))
+    for refused, reason in REFUSED_ENGINES.items():
+        if engine == refused or engine.startswith(f"{refused}_stage") or (refused == "fsdp" and engine.startswith("fsdp")):
+            raise ValueError(f"trainer.strategy: {engine!r} is refused: {reason}")

@@ -1,0 +1,111 @@
+"""Experiment files: precedence, overrides, and one clear error for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mcit_lightning.loading import experiments_dir, find_experiment, load_config, to_yaml
+
+SMOKE = experiments_dir() / "smoke.yaml"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(experiments_dir().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_experiment_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+    assert config.order and set(config.order) <= set(config.tasks)
+    assert yaml.safe_load(to_yaml(config))["strategy"] == config.strategy
+
+
+def test_later_files_and_overrides_win(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", f"base: {SMOKE}\nseed: 1\noptim: {{lr: 1e-4, weight_decay: 0.5}}\n")
+    write(tmp_path, "b.yaml", "seed: 2\n")
+    path = write(tmp_path, "c.yaml", "base: [a.yaml, b.yaml]\nname: c\noptim: {lr: 3e-4}\n")
+    config = load_config(path, ["tasks.colours.epochs=7", "order=[shapes,colours]", "trainer.devices=2"])
+    assert (config.seed, config.name, config.optim.lr, config.optim.weight_decay) == (2, "c", 3e-4, 0.5)
+    assert config.tasks["colours"].epochs == 7
+    assert config.tasks["colours"].train == "colours/train.json"
+    assert config.order == ["shapes", "colours"]
+    assert config.trainer["devices"] == 2 and config.trainer["precision"] == "auto"
+
+
+def test_order_defaults_to_the_tasks_as_written(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.yaml", f"base: {SMOKE}\nname: x\norder: []\n")
+    assert load_config(path).order == ["colours", "shapes", "counts"]
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("sed=1", ["sed", "'seed'"]),
+        ("optim.lrr=1", ["optim.lrr", "'lr'"]),
+        ("tasks.colors.epochs=2", ["colors", "'colours'"]),
+        ("tasks.colours.epoch=2", ["tasks.colours.epoch", "'epochs'"]),
+        ("tasks.colours.epochs=two", ["tasks.colours.epochs", "two"]),
+        ("tasks.colours.epochs=0", ["tasks.colours.epochs", "0"]),
+        ("tasks.colours.metric=exakt_match", ["tasks.colours.metric", "exact_match"]),
+        ("order=[colours,shape]", ["order", "'shape'", "'shapes'"]),
+        ("order=[colours,colours]", ["order", "twice"]),
+        ("strategy.name=sequentiel", ["strategy.name", "'sequentiel'", "'sequential'"]),
+        ("strategy.rnak=4", ["strategy.rnak", "'rank'"]),
+        ("strategy.rank=four", ["strategy", "rank", "four"]),
+        ("strategy.rank=0", ["rank", "0"]),
+        ("trainer.device=2", ["trainer.device", "'devices'"]),
+        ("trainer.max_epochs=2", ["trainer.max_epochs", "tasks.<name>.epochs"]),
+        ("trainer.strategy=fsdp", ["trainer.strategy", "fsdp", "refused"]),
+        ("trainer.strategy=deepspeed_stage_2", ["trainer.strategy", "refused"]),
+        ("data.fraction=1.5", ["data.fraction", "1.5"]),
+        ("prompt.template=vicunia", ["vicunia"]),
+        ("callbacks=[{_target_: callbacks.StageCheckpont}]", ["callbacks[0]", "StageCheckpont", "'StageCheckpoint'"]),
+        ("callbacks=[{_target_: callbacks.StageCheckpoint, every: 3}]", ["callbacks[0].every", "every_n_steps"]),
+        ("callbacks=[{_target_: nowhere.Thing}]", ["callbacks[0]", "nowhere"]),
+        ("callbacks=[{_target_: pathlib.Path}]", ["callbacks[0]", "pathlib.Path", "Callback"]),
+        ("seed", ["'seed'", "key=value"]),
+        ("order=[colours", ["order=[colours"]),
+    ],
+)
+def test_a_wrong_override_is_named_with_its_remedy(override: str, parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        load_config(SMOKE, [override])
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("name: x\nbase: gone.yaml", ["gone.yaml", "base:"]),
+        ("base: x.yaml", ["cycle"]),
+        ("name: [", ["x.yaml", "YAML"]),
+        ("- a\n- b", ["mapping"]),
+        ("base: 3", ["base:"]),
+        ("name: x\nbakcbone: {id: a}", ["bakcbone", "'backbone'"]),
+        ("name: x", ["is not set"]),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_remedy(tmp_path: Path, text: str, parts: list[str]) -> None:
+    path = write(tmp_path, "x.yaml", text)
+    with pytest.raises(ValueError) as error:
+        load_config(path)
+    for part in [*parts, "x.yaml"]:
+        assert part in str(error.value), str(error.value)
+
+
+def test_a_missing_value_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.yaml", "name: x\ndata: {root: /nowhere}\nstrategy: {name: sequential}\n")
+    with pytest.raises(ValueError, match=r"backbone\.id is not set"):
+        load_config(path)
+
+
+def test_experiments_are_found_by_name_and_by_path(tmp_path: Path) -> None:
+    assert find_experiment("smoke") == SMOKE
+    assert find_experiment("experiments/smoke.yaml").name == "smoke.yaml"
+    with pytest.raises(ValueError, match=r"no experiment 'smok'.*Did you mean 'smoke'"):
+        find_experiment("smok")
