@@ -1,5 +1,6 @@
 """Progress bars that say which stage and task they belong to."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,6 +28,8 @@ class StageProgress(TQDMProgressBar):
 
 
 def _label(trainer: L.Trainer) -> str:
+    if Path(trainer.default_root_dir).name == "zero_shot":
+        return "zero-shot"
     stream = trainer.datamodule  # type: ignore[attr-defined]
-    stage: Stage | None = stream.stage
-    return "zero-shot" if stage is None else f"stage {stage.index + 1}/{len(stream.stages)} {stage.name}"
+    stage: Stage = stream.stage
+    return f"stage {stage.index + 1}/{len(stream.stages)} {stage.name}"

@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         config = load_config(find_experiment(options.experiment), options.overrides)
         from mcit_lightning.runner import run
 
+        _quiet_libraries()
         run(config)
     except ValueError as error:
         return _fail(error, 2)
@@ -65,13 +66,23 @@ def _fail(error: ValueError | OSError, status: int) -> int:
 
 
 def _quiet() -> None:
-    """One line per event: the framework's own log, without Lightning's start-up notes for each of the many Trainers."""
+    """One line per event on stderr."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for name in ("httpx", "datasets", "PIL", "matplotlib"):
+
+
+def _quiet_libraries() -> None:
+    """Leave out what the many Trainers of a run would repeat. After the imports: Lightning sets its own levels when imported."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric", "httpx", "datasets", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+    for message in (
+        ".*does not have many workers.*",
+        ".*module.s. in eval mode at the start of training.*",  # a frozen vision tower is meant to be
+        ".*smaller than the logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def wrap(model: PreTrainedModel, processor: ProcessorMixin, config: BackboneConf
         )
     model.requires_grad_(False)
     if config.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_activations(model)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -72,6 +72,14 @@ def base_dtype(config: BackboneConfig, precision: str) -> torch.dtype:
         assert isinstance(dtype, torch.dtype)
         return dtype
     return torch.bfloat16 if precision.startswith("bf16") else torch.float32
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Non-reentrant, which works with frozen inputs and with DDP; transformers has renamed the method."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _hub_arguments(config: BackboneConfig) -> dict[str, Any]:

@@ -125,6 +125,9 @@ def _with_bases(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[st
 
 def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConfig:
     _check_keys(content, ExperimentConfig, source, "")
+    strategy = content.get("strategy")
+    if isinstance(strategy, dict) and strategy.get("name") not in (None, merged.strategy.get("name")):
+        merged.strategy = {}  # hyper-parameters that a base gave to another strategy
     try:
         result = OmegaConf.merge(merged, content)
     except OmegaConfBaseException as error:
@@ -150,7 +153,8 @@ def _override(merged: DictConfig, override: str) -> None:
     if parts[0] == "tasks" and len(parts) > 2 and parts[1] not in merged.tasks:
         raise ValueError(f"override {override!r}: no task {parts[1]!r}. {nearest(parts[1], map(str, merged.tasks))}")
     try:
-        OmegaConf.update(merged, key, value, merge=True)
+        # a mapping for `strategy` is a new strategy: the hyper-parameters of the old one do not belong to it
+        OmegaConf.update(merged, key, value, merge=key != "strategy")
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"override {override!r}: {_first_line(error)}") from error
 

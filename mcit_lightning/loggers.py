@@ -19,22 +19,33 @@ SUMMARIES = ("MFT", "MFN", "MAA", "BWT")
 class StageTensorBoardLogger(TensorBoardLogger):
     """Writes to `<root>/tensorboard` with two axes.
 
-    Training and evaluation scalars of the Trainer are placed at the optimizer step of the whole run: every stage's Trainer counts
-    from zero, and `step_offset` holds the steps of the stages before. The forgetting curves have the number of the stage as their
+    Training and evaluation scalars of the Trainer are placed at the optimizer step of the whole run: every stage's
+    Trainer counts from zero, and `step_offset` holds the steps of the stages before. The forgetting curves have the
+    number of the stage as their
     step: 1 after the first stage, 0 for the zero-shot evaluation.
 
     Args:
         root: the run directory.
-        step_offset: optimizer steps of all finished stages; the runner advances it after each stage.
-        purge_step: step of the whole run (offset included) from which on a stage is repeated after a resume. What an interrupted
-            process had written from there on is hidden.
+        step_offset: optimizer steps of all finished stages; the runner advances it before each stage.
     """
 
-    def __init__(self, root: Path, *, step_offset: int = 0, purge_step: int | None = None) -> None:
-        super().__init__(save_dir=root, name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step)
+    def __init__(self, root: Path, *, step_offset: int = 0) -> None:
+        super().__init__(save_dir=root, name="tensorboard", version="", default_hp_metric=False)
         self.step_offset = step_offset
-        self._purged_from = purge_step
+        self._purged_from: int | None = None
         self._has_layout = False
+
+    @rank_zero_only
+    def resume_from(self, step: int) -> None:
+        """Hide what an interrupted process wrote from a step of the current stage on, because that work is repeated.
+
+        Args:
+            step: optimizer steps of the stage that its checkpoint holds; 0 if the stage starts over. `step_offset` is
+                set already.
+        """
+        self._purged_from = self.step_offset + step
+        self.experiment.close()  # the next write opens a new file; its head voids older events from that step on
+        self.experiment.purge_step = self._purged_from
 
     @override
     @rank_zero_only
@@ -52,7 +63,9 @@ class StageTensorBoardLogger(TensorBoardLogger):
         if not self._has_layout:
             self.experiment.add_custom_scalars(_layout(results.tasks))
             self._has_layout = True
-        if self._purged_from is not None:  # a purge hides every tag from its step on: give back what it took from these curves
+        if (
+            self._purged_from is not None
+        ):  # a purge hides every tag from its step on: give back what it took from these curves
             for earlier in range(self._purged_from, stage):
                 self._log_row(results, earlier)
             self._purged_from = None
@@ -76,7 +89,10 @@ def _layout(tasks: list[str]) -> dict[str, dict[str, list[Any]]]:
 
     return {
         "Continual learning": {
-            "Forgetting curves (score after each stage)": ["Multiline", exactly([f"{CURVES}/{task}" for task in tasks])],
+            "Forgetting curves (score after each stage)": [
+                "Multiline",
+                exactly([f"{CURVES}/{task}" for task in tasks]),
+            ],
             "Summaries after each stage": ["Multiline", exactly([f"summary/{name}" for name in SUMMARIES])],
         }
     }

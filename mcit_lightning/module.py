@@ -112,9 +112,10 @@ class MCITModule(L.LightningModule):
         for parameter in trained:
             parameter.requires_grad_(True)
         if self.global_rank == 0:
-            size = sum(parameter.numel() for parameter in trained)
-            logger.info("adapters in stage %s:\n%s", self.stage.name, self.towers.describe())
-            logger.info("%s parameters train, projector included", f"{size:,}")
+            plan = self.structure.plan(self.stage.name)
+            if plan is not None and plan.ranks:
+                logger.info("adapters from stage %s on:\n%s", self.stage.name, self.towers.describe())
+            logger.info("stage %s trains %s parameters", self.stage.name, f"{sum(p.numel() for p in trained):,}")
 
     # ------------------------------------------------------------------------------------------------------------- training
 

@@ -86,9 +86,9 @@ class _Run:
         last, final = self.directory.last(stage), self.directory.final(stage)
         trainer = self._trainer(self.directory.stage_folder(stage), self.stream.epochs(stage))
         if final is None:
-            if last is not None:
-                checkpoint = read_checkpoint(last)
-                self.tensorboard.resume_from(checkpoint["global_step"])
+            checkpoint = None if last is None else read_checkpoint(last)
+            self.tensorboard.resume_from(0 if checkpoint is None else checkpoint["global_step"])
+            if checkpoint is not None:
                 self.module.on_load_checkpoint(checkpoint)  # structure first: callbacks decide by it in their setup
                 logger.info("stage %s continues at step %d (%s)", stage.name, checkpoint["global_step"], last)
             trainer.fit(self.module, datamodule=self.stream, ckpt_path=last)
@@ -143,7 +143,7 @@ class _Run:
 
     def _find_unused(self) -> bool:
         """DDP must look for parameters without a gradient if a batch may come without any image, or the strategy routes."""
-        return not self.module.strategy.uses_all_parameters or self.stream.has_text_only
+        return not self.module.strategy.uses_all_parameters or self.stream.has_text_only()
 
     def _results(self) -> Results:
         """The results so far, or empty ones."""

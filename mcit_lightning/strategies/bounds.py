@@ -3,7 +3,7 @@
 from mcit_lightning.plans import TaskPlan
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES, ContinualStrategy
-from mcit_lightning.strategies.sequential import Sequential
+from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 from mcit_lightning.towers import Towers
 
 
@@ -31,7 +31,12 @@ class Individual(Sequential):
 
 @STRATEGIES.register("zero_shot")
 class ZeroShot(ContinualStrategy):
-    """The pretrained model, untouched: no stage, only the zero-shot row."""
+    """The pretrained model, untouched: no stage, only the zero-shot row.
+
+    It takes the hyper-parameters of a LoRA run without using them, so that `strategy.name=zero_shot` turns one into this reference.
+    """
+
+    Config = LoRAConfig
 
     @classmethod
     def stages(cls, tasks: list[str]) -> list[Stage]:

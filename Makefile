@@ -1,0 +1,56 @@
+PYTHON ?= python3
+VENV ?= .venv
+EXP ?= quickstart
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install exp resume test test-all lint format tb clean
+
+help:  ## Show this list
+	@echo "mcit_lightning: continual instruction tuning on PyTorch Lightning"
+	@echo
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  EXP=name   experiments/name.yaml: $(sort $(basename $(notdir $(wildcard experiments/*.yaml))))"
+	@echo "  ARGS=...   overrides, for example  make exp EXP=quickstart ARGS=\"optim.lr=2.0e-4 data.limit_train=64\""
+	@echo "  PYTHON, VENV   interpreter to use (python3) and environment to make (.venv)"
+
+install: $(STAMP)  ## Make .venv with everything that the experiments and the tests need
+
+# torch goes first, at its pinned version, so that no other package's looser requirement chooses the build.
+$(STAMP): setup.cfg pyproject.toml constraints.txt requirements-quickstart.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch
+	$(BIN)/pip install -c constraints.txt -e ".[quickstart,dev]"
+	$(BIN)/pip install --no-deps -r requirements-quickstart.txt
+	@touch $@
+
+exp: $(STAMP)  ## Run experiments/$(EXP).yaml; a run that was stopped goes on where it was
+	$(BIN)/python -m mcit_lightning experiments/$(EXP).yaml $(ARGS)
+
+resume: exp  ## The same as exp
+
+test: $(STAMP)  ## Fast tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(STAMP)  ## All tests: several processes, building a wheel, GPU where there is one
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+tb: $(STAMP)  ## TensorBoard on runs/
+	$(BIN)/tensorboard --logdir runs
+
+clean:  ## Remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,97 @@
+"""Batches: plain dictionaries that Lightning moves to the device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mcit_lightning.config import PromptConfig
+from mcit_lightning.data.encode import Encoder
+from mcit_lightning.data.records import Sample, Turns
+
+
+class TrainCollator:
+    """Conversations with their answer tokens as targets.
+
+    A batch holds
+
+    * `inputs`: what the model takes, right-padded: `input_ids` and `attention_mask` [B, L] and every other tensor of
+      the processor;
+    * `targets` [N]: the answer tokens (end token included) of the whole batch, row by row;
+    * `positions` [N]: index `b * L + (l - 1)` of the hidden state, flattened over [B, L], that predicts `targets[n]`;
+    * `rows` [N]: the batch row `b` of each target;
+    * `task`, `id`: one string per row; `num_tokens`: tokens without padding;
+    * `shortened`, `dropped`: rows that lost the end of their text, and rows that lost every answer token or whose
+      prompt alone is too long, which therefore have no target; `cut`: the same two numbers by task, for tasks that have
+      any.
+
+    A row longer than `max_length` loses the end of its text. Image tokens stay even if they alone are longer.
+
+    Args:
+        processor: the backbone's processor.
+        prompt: which template.
+        max_length: tokens per row, image tokens included.
+    """
+
+    def __init__(self, processor: Any, prompt: PromptConfig, *, max_length: int) -> None:
+        self.encoder = Encoder(processor, prompt)
+        self.max_length = max_length
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The batch of `samples`. Raises ValueError for an image that cannot be read."""
+        rows, others = self.encoder.encode(samples, [sample.turns for sample in samples])
+        cut: dict[str, dict[str, int]] = {}
+        for sample, row in zip(samples, rows, strict=True):
+            if len(row) > self.max_length:
+                row.cut(max(self.max_length, self.encoder.end_of_images(row)))
+                counts = cut.setdefault(sample.task, {"shortened": 0, "dropped": 0})
+                counts["shortened" if any(row.is_target) else "dropped"] += 1
+        length = max(map(len, rows))
+        marks = [(b, at) for b, row in enumerate(rows) for at, target in enumerate(row.is_target) if target]
+        return {
+            "inputs": {**self.encoder.pad(rows, "right"), **others},
+            "targets": torch.tensor([rows[b].columns["input_ids"][at] for b, at in marks], dtype=torch.long),
+            "positions": torch.tensor([b * length + at - 1 for b, at in marks], dtype=torch.long),
+            "rows": torch.tensor([b for b, _ in marks], dtype=torch.long),
+            "task": [sample.task for sample in samples],
+            "id": [sample.id for sample in samples],
+            "num_tokens": sum(map(len, rows)),
+            "shortened": sum(counts["shortened"] for counts in cut.values()),
+            "dropped": sum(counts["dropped"] for counts in cut.values()),
+            "cut": cut,
+        }
+
+
+class EvalCollator:
+    """Prompts to answer: `inputs` left-padded, never cut, without the reference answer.
+
+    Beside them `task`, `id`, `index` (row number in the file), `prompt` (the question without image tokens and suffix),
+    `reference` (the answer as in the file) and `extra` (the row's other keys), one entry per row.
+
+    Args:
+        processor: the backbone's processor.
+        prompt: which template.
+        suffix: appended to the last question after a new line; empty for none.
+    """
+
+    def __init__(self, processor: Any, prompt: PromptConfig, *, suffix: str = "") -> None:
+        self.encoder = Encoder(processor, prompt)
+        self.suffix = suffix
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        """The batch of `samples`. Raises ValueError for an image that cannot be read."""
+        rows, others = self.encoder.encode(samples, [self._asked(sample.turns) for sample in samples])
+        return {
+            "inputs": {**self.encoder.pad(rows, "left"), **others},
+            "task": [sample.task for sample in samples],
+            "id": [sample.id for sample in samples],
+            "index": [sample.row for sample in samples],
+            "prompt": [sample.turns[-1][1] for sample in samples],
+            "reference": [sample.reference for sample in samples],
+            "extra": [sample.extra for sample in samples],
+        }
+
+    def _asked(self, turns: Turns) -> Turns:
+        role, text = turns[-1]
+        assert role == "user", "an evaluation sample ends with a question"
+        return (*turns[:-1], (role, f"{text}\n{self.suffix}")) if self.suffix else turns

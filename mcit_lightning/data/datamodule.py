@@ -1,0 +1,266 @@
+"""The stream of tasks as a Lightning datamodule: a pointer to the current stage and the loaders that belong to it."""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mcit_lightning.config import ExperimentConfig, TaskConfig
+from mcit_lightning.data.collate import EvalCollator, TrainCollator
+from mcit_lightning.data.records import Sample, Split, did_you_mean
+from mcit_lightning.data.sampler import EvalSlice, StageLoader, StageSampler, derive_seed, init_worker
+from mcit_lightning.data.splits import TaskSplit, open_split
+from mcit_lightning.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+
+class StageData(Dataset[Sample]):
+    """Several splits as one dataset, each as often as the stage repeats it.
+
+    Args:
+        splits: the parts.
+        repeats: how often each part appears.
+    """
+
+    def __init__(self, splits: Sequence[TaskSplit], repeats: Sequence[int]) -> None:
+        self._splits = splits
+        pairs = list(zip(splits, repeats, strict=True))
+        self._part = np.concatenate([np.full(len(split) * times, n) for n, (split, times) in enumerate(pairs)])
+        self._row = np.concatenate([np.tile(np.arange(len(split)), times) for split, times in pairs])
+        self.lengths = np.concatenate([np.tile(split.lengths, times) for split, times in pairs])
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._splits[self._part[index]][int(self._row[index])]
+
+
+class ContinualDataModule(L.LightningDataModule):
+    """Hands out the loaders of one stage at a time.
+
+    Everything is read and checked at construction; pixels are read by the loaders only. The module shards data over
+    processes itself (see `StageSampler`, `EvalSlice`), so the trainer needs `use_distributed_sampler=False`.
+
+    Args:
+        config: the experiment.
+        processor: the backbone's processor.
+        stages: the run's stages.
+
+    Raises:
+        ValueError: a file, row or image is missing or malformed.
+    """
+
+    def __init__(self, config: ExperimentConfig, processor: Any, stages: Sequence[Stage]) -> None:
+        super().__init__()
+        self.config = config
+        self.processor = processor
+        self.stages = list(stages)
+        # With very few rows a process may have none of one task; there are no collectives inside an evaluation loop.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.train_collator = TrainCollator(processor, config.prompt, max_length=config.data.max_length)
+        self._index = 0
+        self._explicit: list[str] | None = None
+        self._splits: dict[tuple[str, Split], TaskSplit] = {}
+        self._cut: dict[str, dict[str, int]] = {}
+        self.check()
+
+    def check(self) -> None:
+        """Open every split that the run needs: training data of trained tasks, tests of all, validation where named.
+
+        Raises:
+            ValueError: something is missing or malformed.
+        """
+        trained = {task for stage in self.stages for task in stage.train}
+        for task in self.config.order:
+            config = self._task(task)
+            splits: list[Split] = ["test"]
+            if task in trained:
+                splits += ["train", "val"] if config.val else ["train"]
+            for split in splits:
+                if (task, split) not in self._splits:
+                    self._splits[task, split] = open_split(self.config.data, task, config, split, self.config.seed)
+            self.max_new_tokens(task)
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage; set it by index. Setting it ends `evaluate_only`."""
+        return self.stages[self._index]
+
+    @stage.setter
+    def stage(self, index: int) -> None:
+        if not 0 <= index < len(self.stages):
+            raise ValueError(f"There is no stage {index}; the run has {len(self.stages)}, counted from 0.")
+        self._index = index
+        self._explicit = None
+
+    @property
+    def task(self) -> str:
+        """Name of the current stage: the task's, or `joint`."""
+        return self.stage.name
+
+    @property
+    def test_tasks(self) -> list[str]:
+        """Tasks whose test loaders come next, in the order of the stream."""
+        if self._explicit is not None:
+            return list(self._explicit)
+        evaluate = self.stage.evaluate
+        if isinstance(evaluate, tuple):
+            return list(evaluate)
+        everything = "all" in (evaluate, self.config.evaluate)
+        return list(self.config.order if everything else self.config.order[: self.stage.row + 1])
+
+    def evaluate_only(self, tasks: Iterable[str] | None) -> None:
+        """Test these tasks instead of the stage's own, until the stage is set again; None returns to the stage's own.
+
+        Raises:
+            ValueError: a task is not in `order`.
+        """
+        chosen = None if tasks is None else list(tasks)
+        for task in chosen or []:
+            if task not in self.config.order:
+                known = ", ".join(self.config.order)
+                raise ValueError(f"Unknown task {task!r}. In `order`: {known}.{did_you_mean(task, self.config.order)}")
+        self._explicit = chosen
+
+    def split(self, task: str, split: Split) -> TaskSplit:
+        """The samples of a split, for probes and replay buffers."""
+        return self._splits[task, split]
+
+    def epochs(self, stage: Stage) -> int:
+        """Epochs of a stage: the task's own; 1 for several tasks, whose rows then repeat within the epoch instead."""
+        return self._task(stage.train[0]).epochs if len(stage.train) == 1 else 1
+
+    def batch_size(self, stage: Stage) -> int:
+        """Samples per device and step: the tasks' own if they agree, else `data.batch_size`."""
+        sizes = {self._task(task).batch_size or self.config.data.batch_size for task in stage.train}
+        return sizes.pop() if len(sizes) == 1 else self.config.data.batch_size
+
+    def max_new_tokens(self, task: str) -> int:
+        """Most tokens of an answer to the task."""
+        own = self._task(task).max_new_tokens
+        return self.config.data.max_new_tokens if own is None else own
+
+    def metric(self, task: str) -> str:
+        """Name of the task's metric."""
+        return self._task(task).metric
+
+    def train_dataloader(self) -> StageLoader:
+        """The current stage's training tasks, mixed. Resumes inside an epoch."""
+        stage, data = self.stage, self.config.data
+        # Several tasks in one epoch: each sample as often as the sequence of stages would show it.
+        repeats = [1 if len(stage.train) == 1 else self._task(task).epochs for task in stage.train]
+        dataset = StageData([self._splits[task, "train"] for task in stage.train], repeats)
+        sampler = StageSampler(
+            dataset.lengths,
+            batch_size=self.batch_size(stage),
+            rank=self._rank,
+            world_size=self._world_size,
+            seed=derive_seed(self.config.seed, "train", stage.index),
+            group_by_length=data.group_by_length,
+        )
+        return StageLoader(
+            dataset,
+            sampler,
+            observe=self._count_cuts,
+            epoch_batches=self._epoch_batches(-(-len(sampler) // sampler.batch_size)),
+            collate_fn=self.train_collator,
+            **self._loader_options(),
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader over the validation rows of the stage's tasks; none if no task has any."""
+        splits = [self._splits[task, "val"] for task in self.stage.train if (task, "val") in self._splits]
+        if not splits:
+            return []
+        dataset = StageData(splits, [1] * len(splits))
+        self._check_share(len(dataset), "validation")
+        return [self._eval_loader(dataset, dataset.lengths, self.train_collator)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """One loader per test task, in the order of `test_tasks`."""
+        self._check_share(max(len(self._splits[task, "test"]) for task in self.test_tasks), "test")
+        loaders = []
+        for task in self.test_tasks:
+            own = self._task(task).prompt_suffix
+            suffix = self.config.prompt.suffix if own is None else own
+            split = self._splits[task, "test"]
+            collator = EvalCollator(self.processor, self.config.prompt, suffix=suffix)
+            loaders.append(self._eval_loader(split, split.lengths, collator))
+        return loaders
+
+    def has_text_only(self) -> bool:
+        """Whether a training row has no image, so that a batch may leave the projector without a gradient."""
+        return any(split.text_only for (_, kind), split in self._splits.items() if kind == "train")
+
+    def report(self) -> dict[str, dict[str, int]]:
+        """Per task: rows in use by split, and training samples shortened or dropped so far.
+
+        The last two count every time this process met such a sample since it started.
+        """
+        report: dict[str, dict[str, int]] = {}
+        for (task, split), samples in self._splits.items():
+            report.setdefault(task, {"shortened": 0, "dropped": 0})[f"{split}_rows"] = len(samples)
+        for task, counts in self._cut.items():
+            report[task].update(counts)
+        return report
+
+    def _eval_loader(self, dataset: Dataset[Sample], lengths: np.ndarray, collator: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.config.data.eval_batch_size,
+            sampler=EvalSlice(lengths, rank=self._rank, world_size=self._world_size),
+            collate_fn=collator,
+            worker_init_fn=init_worker,
+            # A generator of its own: evaluation must not move the global random state of training.
+            generator=torch.Generator().manual_seed(derive_seed(self.config.seed, "eval")),
+            **self._loader_options(),
+        )
+
+    def _check_share(self, rows: int, what: str) -> None:
+        # A process without any batch would leave the loop early, and the others would wait for it at the next reduction.
+        if rows < self._world_size:
+            raise ValueError(
+                f"There are {rows} {what} rows for {self._world_size} processes. Use more rows (data.limit_*) or lower "
+                "trainer.devices."
+            )
+
+    def _loader_options(self) -> dict[str, Any]:
+        if self.config.data.num_workers > 0:
+            # Read when a process forks, so the workers' own initialisation would come too late to prevent the warning.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return {"num_workers": self.config.data.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def _epoch_batches(self, batches: int) -> int:
+        limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
+        return limit if isinstance(limit, int) else int(batches * (limit or 1.0))
+
+    def _count_cuts(self, batch: dict[str, Any]) -> None:
+        for task, counts in batch["cut"].items():
+            if task not in self._cut:
+                logger.warning(
+                    "Task %s has training samples above data.max_length=%d tokens: the end of their text is cut off.",
+                    task,
+                    self.config.data.max_length,
+                )
+            total = self._cut.setdefault(task, {"shortened": 0, "dropped": 0})
+            for name, count in counts.items():
+                total[name] += count
+
+    def _task(self, task: str) -> TaskConfig:
+        assert task in self.config.tasks, f"loading checks that {task!r} is in `tasks`"
+        return self.config.tasks[task]
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size

@@ -1,0 +1,168 @@
+"""What a run found, in memory and as `results.json` and `accuracy_matrix.csv` in the run directory."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mcit_lightning.evaluation.files import write_atomic
+from mcit_lightning.evaluation.transfer import TransferMatrix
+
+RESULTS_FILE = "results.json"
+MATRIX_FILE = "accuracy_matrix.csv"
+
+
+@dataclass
+class CostRow:
+    """What a stage cost. A field is None until it is measured."""
+
+    stage: str
+    """Name of the stage."""
+    folder: str
+    """Directory of the stage, below the run directory and below `predictions`."""
+    row: int
+    """0-based row of the accuracy matrix that the stage fills."""
+    trainable_params: int | None = None
+    stored_params: int | None = None
+    """Parameters that must be kept to run the model after this stage, without the pretrained ones."""
+    train_seconds: float | None = None
+    """Wall-clock time of the training loop without validation; interruptions and lost work do not count."""
+    train_samples_per_second: float | None = None
+    eval_seconds: float | None = None
+    eval_samples_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    """Highest accelerator memory in training, the largest over the ranks; on a CPU the process's resident memory."""
+
+
+@dataclass
+class Results:
+    """Everything that is reported about a run.
+
+    Args:
+        experiment: name of the experiment.
+        strategy: name of the continual-learning strategy.
+        backbone: folder or hub name of the pretrained model.
+        seed: seed of the run.
+        tasks: names in the order in which they are learnt.
+        metrics: task -> name of its metric.
+        routing: accuracy and confusion of the task router, where the strategy has one.
+        cost: one row per stage, in order.
+        notes: anything else worth keeping, for example the counts of shortened and dropped samples (JSON types only).
+
+    The accuracy matrix with the zero-shot row is `matrix`, empty at first.
+    """
+
+    experiment: str
+    strategy: str
+    backbone: str
+    seed: int
+    tasks: list[str]
+    metrics: dict[str, str]
+    routing: dict[str, Any] | None = None
+    cost: list[CostRow] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    matrix: TransferMatrix = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.matrix = TransferMatrix(self.tasks)
+        if set(self.metrics) != set(self.tasks):
+            raise ValueError(f"metrics are given for {sorted(self.metrics)}, the tasks are {self.tasks}")
+
+    @property
+    def zero_shot(self) -> list[float | None] | None:
+        """Scores before any training, or None."""
+        return self.matrix.zero_shot
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """The summaries after the last evaluated stage."""
+        return self.matrix.summary()
+
+    @property
+    def summary_per_stage(self) -> list[dict[str, float | None]]:
+        """The summaries after every row of the matrix, as if the sequence had ended there."""
+        return [self.matrix.summary(row) for row in range(len(self.tasks))]
+
+    def cost_row(self, stage: str, folder: str, row: int) -> CostRow:
+        """The cost row of a stage, appended if it is new."""
+        for entry in self.cost:
+            if entry.folder == folder:
+                return entry
+        self.cost.append(CostRow(stage=stage, folder=folder, row=row))
+        self.cost.sort(key=lambda entry: entry.folder)
+        return self.cost[[entry.folder for entry in self.cost].index(folder)]
+
+    def folder_of(self, row: int) -> str | None:
+        """Directory of the stage that filled a row of the matrix, or None if no stage did."""
+        return next((entry.folder for entry in self.cost if entry.row == row), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of `results.json`."""
+        return {
+            "experiment": self.experiment,
+            "strategy": self.strategy,
+            "backbone": self.backbone,
+            "seed": self.seed,
+            "metrics": dict(self.metrics),
+            **self.matrix.to_dict(),
+            "summary": self.summary,
+            "summary_per_stage": self.summary_per_stage,
+            "routing": self.routing,
+            "cost": [asdict(row) for row in self.cost],
+            "notes": self.notes,
+        }
+
+    @classmethod
+    def load(cls, root: Path) -> "Results":
+        """Read `results.json` of a run directory.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is damaged; the message names the file and what to do.
+        """
+        path = root / RESULTS_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            results = cls(
+                experiment=values["experiment"],
+                strategy=values["strategy"],
+                backbone=values["backbone"],
+                seed=values["seed"],
+                tasks=values["tasks"],
+                metrics=values["metrics"],
+                routing=values["routing"],
+                cost=[CostRow(**row) for row in values["cost"]],
+                notes=values["notes"],
+            )
+            results.matrix = TransferMatrix.from_dict(values)
+            return results
+        except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}). "
+                "Restore it from a copy, or start the run again with overwrite=true."
+            ) from error
+
+    def save(self, root: Path) -> None:
+        """Write `results.json` and `accuracy_matrix.csv`, each atomically.
+
+        Raises:
+            OSError: the disk is full or not writable; the old files are then still there.
+        """
+        write_atomic(
+            root / RESULTS_FILE, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        )
+        write_atomic(root / MATRIX_FILE, self.to_csv())
+
+    def to_csv(self) -> str:
+        """The matrix as text: a row per stage, headed by its task, a column per task, empty where not evaluated."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["after", *self.tasks])
+        rows = list(zip(self.tasks, self.matrix.scores, strict=True))
+        if self.zero_shot is not None:
+            rows.insert(0, ("zero_shot", self.zero_shot))
+        for name, scores in rows:
+            writer.writerow([name, *("" if score is None else f"{score:.4f}" for score in scores)])
+        return out.getvalue()

@@ -1,0 +1,66 @@
+"""What rank zero shows in the terminal after each stage."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from mcit_lightning.evaluation.colours import css, ink, score_colour
+from mcit_lightning.evaluation.formatting import bytes_text, count_text, number_text, seconds_text
+from mcit_lightning.evaluation.results import CostRow, Results
+
+
+def stage_table(results: Results) -> Group:
+    """The accuracy matrix so far with coloured cells, the summaries below it, and the cost of the last stage."""
+    last = results.matrix.last_row()
+    parts: list[RenderableType] = [_matrix(results, last), _summary(results)]
+    if cost := [entry for entry in results.cost if entry.row == last]:
+        parts.append(_cost(cost[-1]))
+    return Group(*parts)
+
+
+def _matrix(results: Results, last: int | None) -> Table:
+    table = Table(
+        title=f"{results.experiment} ({results.strategy})",
+        title_justify="left",
+        box=None,
+        padding=(0, 1),
+        pad_edge=False,
+    )
+    table.add_column("after", style="dim", no_wrap=True)
+    for task in results.tasks:
+        table.add_column(Text(task), justify="right", no_wrap=True)
+    if results.zero_shot is not None:
+        table.add_row("zero-shot", *(_cell(score) for score in results.zero_shot))
+    for row, (task, scores) in enumerate(zip(results.tasks, results.matrix.scores, strict=True)):
+        if last is not None and row <= last and any(score is not None for score in scores):
+            table.add_row(Text(task), *(_cell(score, bold=row == column) for column, score in enumerate(scores)))
+    return table
+
+
+def _cell(score: float | None, *, bold: bool = False) -> Text:
+    if score is None:
+        return Text("")
+    colour = score_colour(score)
+    return Text(f" {score:5.1f} ", style=f"{'bold ' if bold else ''}{css(ink(colour))} on {css(colour)}")
+
+
+def _summary(results: Results) -> Text:
+    text = Text()
+    for name, value in results.summary.items():
+        if value is not None:
+            text.append(f"{name} ", style="dim").append(f"{number_text(value, digits=2)}  ", style="bold")
+    return text
+
+
+def _cost(cost: CostRow) -> Text:
+    values = {
+        "trainable": count_text(cost.trainable_params),
+        "stored": count_text(cost.stored_params),
+        "training": seconds_text(cost.train_seconds),
+        "evaluation": seconds_text(cost.eval_seconds),
+        "peak memory": bytes_text(cost.peak_memory_bytes),
+    }
+    text = Text()
+    for name, value in values.items():
+        text.append(f"{name} ", style="dim").append(f"{value}  ")
+    return text

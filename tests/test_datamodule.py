@@ -1,0 +1,257 @@
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.data.datamodule import ContinualDataModule
+from mcit_lightning.stages import Stage, sequential_stages
+
+Build = Callable[..., ContinualDataModule]
+ORDER = ["colours", "shapes", "counts"]
+JOINT = Stage(index=0, name="joint", train=tuple(ORDER), row=2)
+
+
+@pytest.fixture
+def build(smoke_config: Callable[..., ExperimentConfig], smoke_processor: Any) -> Build:
+    """A datamodule over the smoke tasks; `tasks` changes single keys of a task."""
+
+    def make(
+        stages: list[Stage] | None = None, tasks: dict[str, dict[str, Any]] | None = None, **changes: Any
+    ) -> ContinualDataModule:
+        config = smoke_config(**changes)
+        for name, keys in (tasks or {}).items():
+            config.tasks[name] = dataclasses.replace(config.tasks[name], **keys)
+        return ContinualDataModule(config, smoke_processor, stages or sequential_stages(ORDER))
+
+    return make
+
+
+def test_stages_choose_the_loaders(build: Build) -> None:
+    stream = build()
+    assert (stream.task, stream.test_tasks) == ("colours", ["colours"])
+    stream.stage = 1
+    assert (stream.stage.index, stream.task, stream.test_tasks) == (1, "shapes", ["colours", "shapes"])
+    batches = list(stream.train_dataloader())
+    assert Counter(task for batch in batches for task in batch["task"]) == {"shapes": 24}
+    assert len({name for batch in batches for name in batch["id"]}) == 24
+    assert [batch["task"] for batch in stream.val_dataloader()[0]] == [["shapes"] * 4] * 2
+    with pytest.raises(ValueError, match="no stage 3"):
+        stream.stage = 3
+
+
+def test_test_loaders_follow_the_test_tasks(build: Build) -> None:
+    stream = build()
+    stream.evaluate_only(ORDER)
+    loaders = stream.test_dataloader()
+    assert stream.test_tasks == ORDER
+    for task, loader in zip(ORDER, loaders, strict=True):
+        batches = list(loader)
+        assert {name for batch in batches for name in batch["task"]} == {task}
+        assert sorted(index for batch in batches for index in batch["index"]) == list(range(8))
+    stream.stage = 0
+    assert stream.test_tasks == ["colours"]
+    stream.evaluate_only(["counts"])
+    stream.evaluate_only(None)
+    assert stream.test_tasks == ["colours"]
+    with pytest.raises(ValueError, match=r"'shape'.*Did you mean 'shapes'"):
+        stream.evaluate_only(["shape"])
+
+
+def test_what_a_stage_evaluates(build: Build) -> None:
+    assert build(evaluate="all").test_tasks == ORDER
+    only = Stage(index=0, name="x", train=("counts",), row=0, evaluate=("counts", "colours"))
+    assert build([only], evaluate="all").test_tasks == ["counts", "colours"]
+    assert build([dataclasses.replace(only, evaluate="all")]).test_tasks == ORDER
+
+
+def test_a_joint_stage_shows_each_sample_as_often_as_the_sequence(build: Build) -> None:
+    stream = build([JOINT], tasks={"shapes": {"epochs": 3}, "counts": {"epochs": 2}})
+    assert stream.epochs(JOINT) == 1
+    seen = Counter(
+        (t, i) for batch in stream.train_dataloader() for t, i in zip(batch["task"], batch["id"], strict=True)
+    )
+    assert {(task, times) for (task, _), times in seen.items()} == {("colours", 1), ("shapes", 3), ("counts", 2)}
+    assert len(seen) == 3 * 24
+    assert len(stream.val_dataloader()) == 1
+    assert stream.test_tasks == ORDER
+
+
+def test_task_settings_and_fallbacks(build: Build) -> None:
+    own = {"epochs": 2, "batch_size": 3, "max_new_tokens": 9, "metric": "cider", "prompt_suffix": "One word."}
+    stream = build(tasks={"colours": own})
+    first, second, _ = stream.stages
+    assert [stream.epochs(first), stream.epochs(second)] == [2, 1]
+    assert [stream.batch_size(first), stream.batch_size(second)] == [3, 4]
+    assert [stream.max_new_tokens("colours"), stream.max_new_tokens("shapes")] == [9, 4]
+    assert [stream.metric("colours"), stream.metric("shapes")] == ["cider", "exact_match"]
+    assert stream.batch_size(JOINT) == 4
+    batch = next(iter(stream.test_dataloader()[0]))
+    decoded = stream.processor.tokenizer.decode(batch["inputs"]["input_ids"][0])
+    assert "Answer with one word.\nOne word." in decoded
+
+
+def test_no_validation_files(build: Build) -> None:
+    stream = build(tasks={"colours": {"val": None}})
+    assert stream.val_dataloader() == []
+    stream.stage = 1
+    assert len(stream.val_dataloader()) == 1
+
+
+def test_everything_is_checked_at_construction(build: Build, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"tasks\.counts\.train: the file .*counts/none\.json does not exist"):
+        build(tasks={"counts": {"train": "counts/none.json"}})
+    with pytest.raises(ValueError, match=r"tasks\.shapes\.test is not set"):
+        build(tasks={"shapes": {"test": None}})
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"empty\.json \(tasks\.counts\.val\) holds no rows"):
+        build(tasks={"counts": {"val": str(tmp_path / "empty.json")}})
+    row = {"question_id": 1, "text": "?", "answer": "x"}
+    (tmp_path / "twice.json").write_text(json.dumps([row, row]))
+    with pytest.raises(ValueError, match="repeats '1' of row 1"):
+        build(tasks={"counts": {"test": str(tmp_path / "twice.json")}})
+
+
+def test_untrained_tasks_need_no_training_file(build: Build) -> None:
+    stream = build(sequential_stages(["colours"]), tasks={"shapes": {"train": None}, "counts": {"train": None}})
+    stream.evaluate_only(["counts"])
+    assert len(stream.test_dataloader()[0].dataset) == 8  # type: ignore[arg-type]
+
+
+def test_limits_and_report(build: Build, caplog: pytest.LogCaptureFixture) -> None:
+    stream = build([JOINT], data={"limit_train": 6, "limit_test": 2, "limit_val": 1, "max_length": 25})
+    assert stream.report()["counts"] == {"shortened": 0, "dropped": 0, "test_rows": 2, "train_rows": 6, "val_rows": 1}
+    dropped = sum(batch["dropped"] for batch in stream.train_dataloader())
+    shortened = sum(batch["shortened"] for batch in stream.train_dataloader())
+    report = stream.report()
+    assert sum(task["dropped"] for task in report.values()) == 2 * dropped
+    assert sum(task["shortened"] for task in report.values()) == 2 * shortened
+    assert dropped + shortened > 0
+    assert len([record for record in caplog.records if "max_length=25" in record.message]) <= 3
+
+
+def test_ranks_share_the_data(build: Build) -> None:
+    stream = build()
+    seen: list[str] = []
+    tested: list[int] = []
+    for rank in range(3):
+        stream.trainer = _Ranks(rank, 3)  # type: ignore[assignment]
+        loader = stream.train_dataloader()
+        assert len(loader) == 2
+        seen += [name for batch in loader for name in batch["id"]]
+        tested += [index for batch in stream.test_dataloader()[0] for index in batch["index"]]
+    assert len(set(seen)) == len(seen) == 24
+    assert sorted(tested) == list(range(8))
+    stream.trainer = _Ranks(0, 9)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="8 test rows for 9 processes"):
+        stream.test_dataloader()
+
+
+@dataclasses.dataclass
+class _Ranks:
+    global_rank: int
+    world_size: int
+    limit_train_batches: float = 1.0
+
+
+# Lightning
+
+
+class Recorder(L.LightningModule):
+    """Writes down what it is given and moves one weight, so that a checkpoint is a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[int, list[str]]] = []
+        self.tested: list[tuple[int, str]] = []
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+        self.seen.append((self.current_epoch, batch["id"]))
+        return self.weight * batch["targets"].sum()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        assert batch["targets"].numel() > 0
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.tested += [(dataloader_idx, name) for name in batch["id"]]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], lr=1e-6)
+
+
+class SaveAt(L.Callback):
+    """Save in the middle of training, as a kill would find it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def trainer(tmp_path: Path, *callbacks: L.Callback, **options: Any) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    return L.Trainer(
+        **{
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_epochs": 3,
+            "default_root_dir": tmp_path,
+            "num_sanity_val_steps": 0,
+            "use_distributed_sampler": False,
+            "callbacks": list(callbacks),
+            **quiet,
+            **options,
+        }
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("workers", "step"), [(0, 3), (0, 6), (0, 8), (2, 8)])
+def test_lightning_resumes_inside_an_epoch(build: Build, tmp_path: Path, workers: int, step: int) -> None:
+    whole = Recorder()
+    trainer(tmp_path, SaveAt(tmp_path / "last.ckpt", step)).fit(whole, datamodule=build(data={"num_workers": workers}))
+    assert len(whole.seen) == 18
+    resumed = Recorder()
+    again = build(data={"num_workers": workers})
+    trainer(tmp_path).fit(resumed, datamodule=again, ckpt_path=tmp_path / "last.ckpt")
+    assert resumed.seen == whole.seen[step:]
+    assert resumed.weight.equal(whole.weight)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_refuses_another_batch_size(build: Build, tmp_path: Path) -> None:
+    trainer(tmp_path, SaveAt(tmp_path / "last.ckpt", 2), max_epochs=1).fit(Recorder(), datamodule=build())
+    with pytest.raises(ValueError, match="batch_size=4"):
+        trainer(tmp_path).fit(Recorder(), datamodule=build(data={"batch_size": 8}), ckpt_path=tmp_path / "last.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_limited_epochs_resume(build: Build, tmp_path: Path) -> None:
+    whole, resumed = Recorder(), Recorder()
+    trainer(tmp_path, SaveAt(tmp_path / "last.ckpt", 4), limit_train_batches=2).fit(whole, datamodule=build())
+    trainer(tmp_path, limit_train_batches=2).fit(resumed, datamodule=build(), ckpt_path=tmp_path / "last.ckpt")
+    assert len(whole.seen) == 6
+    assert resumed.seen == whole.seen[4:]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_tests_every_task(build: Build, tmp_path: Path) -> None:
+    stream, module = build(), Recorder()
+    stream.stage = 2
+    trainer(tmp_path).test(module, datamodule=stream, verbose=False)
+    assert Counter(index for index, _ in module.tested) == {0: 8, 1: 8, 2: 8}
