@@ -137,7 +137,9 @@ class AdapterLinear(nn.Module):
         for trunk, parameter in self.lora_a.items():
             starts[trunk] = start
             start += parameter.shape[0]
-        columns = [starts[self.trunk_of[name]] + i for name, rank in zip(self.lora_b, ranks, strict=True) for i in range(rank)]
+        columns = [
+            starts[self.trunk_of[name]] + i for name, rank in zip(self.lora_b, ranks, strict=True) for i in range(rank)
+        ]
         owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
         self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
         self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)

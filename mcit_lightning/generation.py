@@ -22,7 +22,7 @@ def generate_answers(
     """
     input_ids: Tensor = inputs["input_ids"]
     eos = processor.tokenizer.eos_token_id
-    generated = model.generate(
+    generated = model.generate(  # type: ignore[operator]
         **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=eos
     )
     answers = generated[:, input_ids.shape[1] :]

@@ -33,7 +33,9 @@ def resolve(path: str, where: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def check_arguments(target: Callable[..., Any], kwargs: Mapping[str, Any], where: str, given: tuple[str, ...] = ()) -> None:
+def check_arguments(
+    target: Callable[..., Any], kwargs: Mapping[str, Any], where: str, given: tuple[str, ...] = ()
+) -> None:
     """Bind `kwargs` to the signature of `target` without calling it.
 
     Args:

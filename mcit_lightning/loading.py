@@ -69,7 +69,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
     try:
         config = OmegaConf.to_object(merged)
     except MissingMandatoryValue as error:
-        raise ValueError(f"{path}: {error.full_key} is not set and has no default; add it to the file or the command line") from error
+        raise ValueError(
+            f"{path}: {error.full_key} is not set and has no default; add it to the file or the command line"
+        ) from error
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
     assert isinstance(config, ExperimentConfig)

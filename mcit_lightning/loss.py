@@ -22,8 +22,8 @@ class LossOutput:
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits that predict the answer tokens, [N, vocabulary].
 
-    The output head is applied to these N positions alone: with short answers the vocabulary product over the whole sequence
-    would cost more than the decoder. The positions come from the collator, so no boolean mask has to be read back from the device.
+    The output head is applied to these N positions alone: with short answers the vocabulary product over the whole
+    sequence would cost more than the decoder. The positions come from the collator, so nothing is read back from the device.
     """
     hidden = model.base_model(**batch["inputs"]).last_hidden_state
     selected = hidden.flatten(0, 1).index_select(0, batch["positions"])

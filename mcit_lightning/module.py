@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from mcit_lightning.backbone import Backbone
@@ -36,7 +37,9 @@ class MCITModule(L.LightningModule):
 
     results: Results
 
-    def __init__(self, backbone: Backbone, strategy: ContinualStrategy, config: ExperimentConfig, run_id: str = "") -> None:
+    def __init__(
+        self, backbone: Backbone, strategy: ContinualStrategy, config: ExperimentConfig, run_id: str = ""
+    ) -> None:
         super().__init__()
         self.model = backbone.model
         self.strategy = strategy
@@ -46,25 +49,23 @@ class MCITModule(L.LightningModule):
         self.run_id = run_id
         self.structure = StructureLog()
         self.answer_metrics: dict[str, AnswerMetric] = {}
+        self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
         strategy.seed = config.seed
         if config.backbone.train_projector:
             for path in self.towers.projector:
                 self.model.get_submodule(path).float()  # trains in float32 even where the frozen base is bfloat16
         self._pretrained_projector = {
-            name: parameter.detach().cpu().clone() for name, parameter in self.model.named_parameters() if self._in_projector(name)
+            name: parameter.detach().cpu().clone()
+            for name, parameter in self.model.named_parameters()
+            if self._in_projector(name)
         }
-
-    @property
-    def strict_loading(self) -> bool:
-        """False: checkpoints hold adapters only. `on_load_checkpoint` compares the key sets instead."""
-        return False
 
     # ------------------------------------------------------------------------------------------------------------ structure
 
     @property
     def stage(self) -> Stage:
         """The stage that the data module streams."""
-        return self.trainer.datamodule.stage  # type: ignore[attr-defined,no-any-return]
+        return self.trainer.datamodule.stage  # type: ignore[attr-defined]
 
     def grow(self, plan: TaskPlan) -> None:
         """Build what a plan says and log it. A plan of a stage that has been carried out already is not carried out again."""
@@ -108,7 +109,9 @@ class MCITModule(L.LightningModule):
         if self.config.backbone.train_projector:
             trained += [self.model.get_parameter(name) for name in self._pretrained_projector]
         if not trained:
-            raise ValueError(f"strategy {self.config.strategy['name']!r} trains no parameter in stage {self.stage.name!r}")
+            raise ValueError(
+                f"strategy {self.config.strategy['name']!r} trains no parameter in stage {self.stage.name!r}"
+            )
         for parameter in trained:
             parameter.requires_grad_(True)
         if self.global_rank == 0:
@@ -135,7 +138,9 @@ class MCITModule(L.LightningModule):
             self.log(f"train/{name}", value.detach(), batch_size=size)
         self.log("train/tokens", float(batch["num_tokens"]), batch_size=size)
         for name in ("shortened", "dropped"):
-            self.log(f"train/{name}", float(batch[name]), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=size)
+            self.log(
+                f"train/{name}", float(batch[name]), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=size
+            )
         for group in self.trainer.optimizers[0].param_groups:
             self.log(f"lr/{group['name']}", group["lr"], batch_size=size)
         return output.loss
@@ -144,9 +149,16 @@ class MCITModule(L.LightningModule):
         """Validation loss of the stage's tasks."""
         with self.strategy.routing(batch, self.stage.name):
             output = self.strategy.loss(self.model, batch, self.stage)
-        self.log("val/loss", output.loss, prog_bar=True, batch_size=len(batch["id"]), sync_dist=True, add_dataloader_idx=False)
+        self.log(
+            "val/loss",
+            output.loss,
+            prog_bar=True,
+            batch_size=len(batch["id"]),
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with named groups; warm-up and decay over the optimizer steps of this stage."""
         tasks = self.stage.train
         task_lr = self.config.tasks[tasks[0]].lr if len(tasks) == 1 else None
@@ -175,7 +187,9 @@ class MCITModule(L.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.answer_metrics = {task: get_metric(stream.metric(task))().to(self.device) for task in stream.test_tasks}
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+    def test_step(  # type: ignore[override]
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
         """Generate and score answers; returns one prediction record per row (see `callbacks.BackwardTransfer`)."""
         task = batch["task"][0]
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -202,7 +216,9 @@ class MCITModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log `test/<task>/<metric>` in percent; the metrics sum over ranks themselves."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        values = {f"test/{task}/{stream.metric(task)}": metric.compute() for task, metric in self.answer_metrics.items()}
+        values = {
+            f"test/{task}/{stream.metric(task)}": metric.compute() for task, metric in self.answer_metrics.items()
+        }
         # not to TensorBoard: a test after a skipped fit would land on another step; BackwardTransfer logs by stage instead
         self.log_dict(values, logger=False, sync_dist=False, rank_zero_only=False)
 
@@ -211,7 +227,9 @@ class MCITModule(L.LightningModule):
     def saved_keys(self) -> set[str]:
         """Names in `state_dict()` that belong in a checkpoint: adapters, the projector if it trains, the strategy's state."""
         keys = {
-            f"model.{path}.{name}" for path, layer in self.towers.adapters.items() for name, _ in layer.adapter_parameters()
+            f"model.{path}.{name}"
+            for path, layer in self.towers.adapters.items()
+            for name, _ in layer.adapter_parameters()
         }
         if self.config.backbone.train_projector:
             keys |= {f"model.{name}" for name in self._pretrained_projector}
@@ -221,7 +239,12 @@ class MCITModule(L.LightningModule):
         """Keep what was tuned, and add what is needed to rebuild the structure."""
         keys = self.saved_keys()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in keys}
-        checkpoint["mcit"] = {"format": 1, "run_id": self.run_id, "structure": self.structure.to_list(), "stage": self.stage.name}
+        checkpoint["mcit"] = {
+            "format": 1,
+            "run_id": self.run_id,
+            "structure": self.structure.to_list(),
+            "stage": self.stage.name,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replay the structure and check that the file fits it exactly.

@@ -36,7 +36,9 @@ class Registry(Generic[T]):
         def enter(cls: type[T]) -> type[T]:
             taken = self._entries.get(name)
             if taken is not None and taken is not cls:
-                raise ValueError(f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}")
+                raise ValueError(
+                    f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}"
+                )
             self._entries[name] = cls
             return cls
 

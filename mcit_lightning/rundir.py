@@ -21,7 +21,15 @@ from mcit_lightning.stages import Stage
 
 logger = logging.getLogger(__name__)
 
-OWN_FILES = ("config.yaml", "state.json", "accuracy_matrix.csv", "results.json", "report.html", "predictions", "tensorboard")
+OWN_FILES = (
+    "config.yaml",
+    "state.json",
+    "accuracy_matrix.csv",
+    "results.json",
+    "report.html",
+    "predictions",
+    "tensorboard",
+)
 MAY_CHANGE = (
     "out",
     "overwrite",
@@ -68,12 +76,12 @@ class RunDirectory:
         self.root = Path(config.out or Path("runs") / config.name).absolute()
         self._lock: IO[str] | None = None
         run_id = hashlib.sha256(to_yaml_without(config, MAY_CHANGE).encode()).hexdigest()[:12]
-        if rank_zero_only.rank == 0:
+        if process_rank() == 0:
             self._claim(config)
-        state = None if config.overwrite and rank_zero_only.rank != 0 else self._read_state()
+        state = None if config.overwrite and process_rank() != 0 else self._read_state()
         if state is None:
             state = RunState(run_id)
-            if rank_zero_only.rank == 0:
+            if process_rank() == 0:
                 write_atomic(self.root / "config.yaml", to_yaml(config))
                 write_atomic(self.root / "state.json", json.dumps(asdict(state), indent=2))
         elif state.run_id != run_id:
@@ -116,14 +124,19 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / ".lock").open("w")
         except OSError as error:
-            raise OSError(error.errno, f"cannot write the run directory ({error.strerror}); choose another with out=DIR", str(self.root)) from error  # fmt: skip
+            message = f"cannot write the run directory ({error.strerror}); choose another with out=DIR"
+            raise OSError(error.errno, message, str(self.root)) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{self.root}: another process is running this experiment; wait for it or use out=DIR") from error
+            raise ValueError(
+                f"{self.root}: another process is running this experiment; wait for it or use out=DIR"
+            ) from error
         foreign = [p.name for p in self.root.iterdir() if not _is_ours(p.name)]
         if foreign and not (self.root / "state.json").is_file():
-            raise ValueError(f"{self.root}: is not empty and holds no run ({foreign[0]}, ...); choose another with out=DIR")
+            raise ValueError(
+                f"{self.root}: is not empty and holds no run ({foreign[0]}, ...); choose another with out=DIR"
+            )
         if config.overwrite:
             for path in self.root.iterdir():
                 if _is_ours(path.name) and path.name != ".lock":
@@ -175,9 +188,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for damaged files
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a checkpoint ({first}); delete the file, the stage is then done again") from error
+        raise ValueError(
+            f"{path}: cannot be read as a checkpoint ({first}); delete the file, the stage is then done again"
+        ) from error
     if not isinstance(checkpoint, dict) or "mcit" not in checkpoint:
-        raise ValueError(f"{path}: is not a checkpoint of mcit_lightning; delete the file, the stage is then done again")
+        raise ValueError(
+            f"{path}: is not a checkpoint of mcit_lightning; delete the file, the stage is then done again"
+        )
     return checkpoint
 
 
@@ -192,9 +209,10 @@ def _may_change(key: str, keys: tuple[str, ...]) -> bool:
 def disk_error(error: OSError) -> str:
     """One line for a file-system error, with the remedy."""
     place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}. Free space or fix the permissions and run the same command again: the run continues."
+    remedy = "Free space or fix the permissions and run the same command again: the run continues."
+    return f"{place}{error.strerror or error}. {remedy}"
 
 
-def process_count() -> int:
-    """Processes of this launch as far as the environment says, 1 if it does not."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def process_rank() -> int:
+    """This process's rank, from the environment that the launcher set; 0 in the process that the user started."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)

@@ -80,7 +80,7 @@ class _Run:
 
     def _stage(self, stage: Stage) -> int:
         """Train unless that is done, and evaluate; returns the stage's optimizer steps."""
-        self.stream.stage = stage.index  # type: ignore[assignment]
+        self.stream.stage = stage.index
         self.tensorboard.step_offset = sum(self.directory.state.steps)
         L.seed_everything(self.config.seed + stage.index, workers=True, verbose=False)
         last, final = self.directory.last(stage), self.directory.final(stage)
@@ -105,7 +105,7 @@ class _Run:
             return
         previous = self.directory.final(self.stages[stage.index - 1]) if stage.index > 0 else None
         source = final or previous
-        if source is None or len(self.module.structure) > 0 and final is None:
+        if source is None or (len(self.module.structure) > 0 and final is None):
             return  # the first stage, or the module has just trained the previous one
         if stage.reset:
             self.module.reset()

@@ -61,8 +61,9 @@ class Towers:
         else:
             found = tuple(path for path in paths.values() if path.rpartition(".")[2] in PROJECTOR_NAMES)
         if not found:
+            known = ", ".join(PROJECTOR_NAMES)
             raise ValueError(
-                f"backbone.projector: {type(model).__name__} has no module named {', '.join(PROJECTOR_NAMES)}; give its dotted path"
+                f"backbone.projector: {type(model).__name__} has no module named {known}; give its dotted path"
             )
         return cls(model, paths[id(vision)], found, language)
 
@@ -92,7 +93,9 @@ class Towers:
             matches = linears if suffix == ALL_LINEAR else [path for path in linears if _inside_end(path, suffix)]
             if not matches:
                 ends = {path.rpartition(".")[2] for path in linears} | {ALL_LINEAR}
-                raise ValueError(f"strategy.targets.{tower}: {suffix!r} matches no linear of the tower. {nearest(suffix, ends)}")
+                raise ValueError(
+                    f"strategy.targets.{tower}: {suffix!r} matches no linear of the tower. {nearest(suffix, ends)}"
+                )
             for path in matches:
                 selected.setdefault(path, path.rpartition(".")[2] if suffix == ALL_LINEAR else suffix)
         return {path: selected[path] for path in linears if path in selected}
@@ -144,7 +147,9 @@ class Towers:
         lines = [f"{tower:>9}  {target:<12} {count:>4} modules x {branches} branch(es)  {size:>12,} parameters"
                  for tower, target, count, branches, size in rows]  # fmt: skip
         total = sum(row[4] for row in rows)
-        return "\n".join([*lines, f"{'total':>9}  {sum(row[2] for row in rows):>17} modules {'':14}  {total:>12,} parameters"])
+        return "\n".join(
+            [*lines, f"{'total':>9}  {sum(row[2] for row in rows):>17} modules {'':14}  {total:>12,} parameters"]
+        )
 
 
 def find_targets(towers: Towers, targets: Mapping[str, Sequence[str]]) -> dict[str, str]:

@@ -75,7 +75,9 @@ def build_strategy(node: Mapping[str, Any]) -> ContinualStrategy:
     known = [f.name for f in fields(cls.Config)]
     for key, value in values.items():
         if key not in known:
-            raise ValueError(f"strategy.{key} (value {value!r}): unknown hyper-parameter of {name!r}. {nearest(key, known)}")
+            raise ValueError(
+                f"strategy.{key} (value {value!r}): unknown hyper-parameter of {name!r}. {nearest(key, known)}"
+            )
     try:
         hyper = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Config), values))
     except OmegaConfBaseException as error:
@@ -96,7 +98,9 @@ def _tasks(config: ExperimentConfig) -> None:
         task = config.tasks[name]
         for split in ("train", "test"):
             if getattr(task, split) is None:
-                raise ValueError(f"tasks.{name}.{split}: is not set; give the file of that split, relative to data.root")
+                raise ValueError(
+                    f"tasks.{name}.{split}: is not set; give the file of that split, relative to data.root"
+                )
         try:
             get_metric(task.metric)
         except ValueError as error:
@@ -138,8 +142,14 @@ def _trainer(node: Mapping[str, Any]) -> None:
         if key in RUNNER_SETS:
             raise ValueError(f"trainer.{key} (value {value!r}): is set by the runner; {RUNNER_SETS[key]}")
         if key not in known:
-            raise ValueError(f"trainer.{key} (value {value!r}): unknown argument of lightning.Trainer. {nearest(key, known)}")
+            raise ValueError(
+                f"trainer.{key} (value {value!r}): unknown argument of lightning.Trainer. {nearest(key, known)}"
+            )
     engine = str(node.get("strategy", "auto"))
     for refused, reason in REFUSED_ENGINES.items():
-        if engine == refused or engine.startswith(f"{refused}_stage") or (refused == "fsdp" and engine.startswith("fsdp")):
+        if (
+            engine == refused
+            or engine.startswith(f"{refused}_stage")
+            or (refused == "fsdp" and engine.startswith("fsdp"))
+        ):
             raise ValueError(f"trainer.strategy: {engine!r} is refused: {reason}")

@@ -71,11 +71,13 @@ def smoke_config(smoke_root: Path) -> Callable[..., ExperimentConfig]:
         backbone: dict[str, Any] | None = None,
         **changes: Any,
     ) -> ExperimentConfig:
-        files = {task: {split: f"{task}/{split}.json" for split in ("train", "val", "test")} for task in SMOKE_TASKS}
         fields: dict[str, Any] = {
             "name": "smoke",
             "order": list(SMOKE_TASKS),
-            "tasks": {task: TaskConfig(**paths) for task, paths in files.items()},
+            "tasks": {
+                task: TaskConfig(train=f"{task}/train.json", val=f"{task}/val.json", test=f"{task}/test.json")
+                for task in SMOKE_TASKS
+            },
             "strategy": {"name": "sequential"},
             "trainer": {"accelerator": "cpu", "devices": 1},
             **changes,

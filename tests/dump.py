@@ -23,7 +23,11 @@ class DumpRank(L.Callback):
         digest = hashlib.sha256()
         for key in sorted(pl_module.saved_keys()):
             digest.update(key.encode() + state[key].cpu().numpy().tobytes())
-        self._write(trainer, f"{pl_module.stage.name}", {"weights": digest.hexdigest(), "structure": pl_module.structure.to_list()})
+        self._write(
+            trainer,
+            f"{pl_module.stage.name}",
+            {"weights": digest.hexdigest(), "structure": pl_module.structure.to_list()},
+        )
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         counts = {task: float(metric.count) for task, metric in pl_module.answer_metrics.items()}

@@ -105,7 +105,9 @@ def test_adding_a_branch_twice_changes_nothing_and_another_rank_is_refused() -> 
     module = layer(2)
     before = [p.clone() for p in module.lora_b.values()]
     module.add_branch("b0", 2, seed=9, path="m")
-    assert len(module.lora_b) == 2 and all(torch.equal(x, y) for x, y in zip(before, module.lora_b.values(), strict=True))
+    assert len(module.lora_b) == 2 and all(
+        torch.equal(x, y) for x, y in zip(before, module.lora_b.values(), strict=True)
+    )
     with pytest.raises(ValueError, match="'b0' has rank 2, asked for 3"):
         module.add_branch("b0", 3, seed=9, path="m")
 

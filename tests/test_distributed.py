@@ -21,7 +21,12 @@ CALLBACKS = (
 def command(smoke_root: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
     """Start the command line on the smoke experiment."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "MCIT_CACHE": str(smoke_root.parent / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "OMP_NUM_THREADS": "1",
+        "MCIT_CACHE": str(smoke_root.parent / "cache"),
+    }
     arguments = [
         f"data.root={smoke_root}",
         "prepare=null",

@@ -51,12 +51,17 @@ def test_each_tower_has_a_named_group_with_its_own_rate(experiment: Callable[...
     for path in module.towers.projector:
         module.model.get_submodule(path).requires_grad_(True)
     groups = {g["name"]: g for g in build_optimizer(module.named_parameters(), module._group_of, optim).param_groups}
-    assert {name: group["lr"] for name, group in groups.items()} == {"language": 1e-3, "vision": 2e-3, "projector": 3e-3}
+    assert {name: group["lr"] for name, group in groups.items()} == {
+        "language": 1e-3,
+        "vision": 2e-3,
+        "projector": 3e-3,
+    }
     sizes = {name: sum(p.numel() for p in group["params"]) for name, group in groups.items()}
     plan = module.towers.injection_plan()
     assert sizes["vision"] == sum(row[4] for row in plan if row[0] == "vision")
     assert sizes["language"] == sum(row[4] for row in plan if row[0] == "language")
-    task = {g["name"]: g["lr"] for g in build_optimizer(module.named_parameters(), module._group_of, optim, task_lr=9e-3).param_groups}  # fmt: skip
+    of_task = build_optimizer(module.named_parameters(), module._group_of, optim, task_lr=9e-3)
+    task = {group["name"]: group["lr"] for group in of_task.param_groups}
     assert task == {"language": 9e-3, "vision": 9e-3, "projector": 3e-3}
 
 
@@ -77,7 +82,9 @@ def test_warmup_and_decay(schedule: str) -> None:
     assert rates[-1] < 0.2 or schedule == "constant"
 
 
-def test_base_is_bfloat16_and_what_trains_is_float32_under_bf16_mixed(experiment: Callable[..., ExperimentConfig]) -> None:
+def test_base_is_bfloat16_and_what_trains_is_float32_under_bf16_mixed(
+    experiment: Callable[..., ExperimentConfig],
+) -> None:
     module = grown(experiment(), precision="bf16-mixed")
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     saved = module.saved_keys()
@@ -153,7 +160,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(experiment: Callable[..., Exp
         (lambda c: c["mcit"]["structure"][0]["ranks"].clear(), "unexpected"),
     ]:
         broken = {"state_dict": dict(checkpoint["state_dict"]), "mcit": {**checkpoint["mcit"]}}
-        broken["mcit"]["structure"] = [{**entry, "ranks": dict(entry["ranks"])} for entry in checkpoint["mcit"]["structure"]]
+        broken["mcit"]["structure"] = [
+            {**entry, "ranks": dict(entry["ranks"])} for entry in checkpoint["mcit"]["structure"]
+        ]
         change(broken)
         with pytest.raises(ValueError, match=message):
             build(experiment()).load_weights(broken)

@@ -25,5 +25,5 @@ def test_a_stage_has_one_plan() -> None:
 
 
 def test_an_unknown_entry_is_refused() -> None:
-    with pytest.raises(ValueError, match="'Surprise'.*TaskPlan"):
+    with pytest.raises(ValueError, match=r"'Surprise'.*TaskPlan"):
         StructureLog.from_list([{"kind": "Surprise", "stage": "a"}])

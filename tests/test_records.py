@@ -106,7 +106,7 @@ def test_test_rows() -> None:
     ],
 )
 def test_bad_rows_name_place_key_and_value(bad: Any, split: Any, said: list[str]) -> None:
-    with pytest.raises(ValueError, match="vqa.json, row 3 ") as error:
+    with pytest.raises(ValueError, match=r"vqa\.json, row 3 ") as error:
         parse_row(bad, PLACE, task="t", split=split)
     for part in ["tasks.vqa.train", *said]:
         assert part in str(error.value)
@@ -187,7 +187,7 @@ def test_images_are_found_below_the_folder_or_the_root(tmp_path: Path) -> None:
     write(tmp_path / "train.json", rows)
     split = open_one(tmp_path, "train.json", images="pics")
     assert [sample.images for sample in split] == [(str(inside),), (str(outside),), (str(outside),)]
-    assert all(os.path.isabs(sample.images[0]) for sample in split)
+    assert all(os.path.isabs(str(sample.images[0])) for sample in split)
 
 
 def test_missing_images_are_found_before_training(tmp_path: Path) -> None:

@@ -150,7 +150,12 @@ def test_the_last_task_and_joint_runs_show_one_answer(tmp_path):
     joint.cost_row("joint", "stage_03", 1)
     write_predictions(tmp_path, "stage_03", "alpha", [1.0, 0.0])
     assert all(sample.learnt is sample.final for sample in choose_samples(tmp_path, joint, "alpha"))
-    parse(write_report(tmp_path, joint, ""))
+    page, _ = parse(write_report(tmp_path, joint, ""))
+    assert (
+        '<th scope="row"><span>joint</span>' in page and page.count("<tr>") == 4
+    )  # two heads, the matrix and the cost
+    assert "Forgetting curves" not in page and "Plasticity" not in page
+    assert joint.to_csv().splitlines() == ["after,alpha,gamma", "alpha,,", "joint,50.0000,"]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2])

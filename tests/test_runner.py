@@ -14,8 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.loading import experiments_dir, load_config
-from mcit_lightning.runner import run
 from mcit_lightning.rundir import RunDirectory
+from mcit_lightning.runner import run
 
 STAGES = 3
 CALLBACKS = (
@@ -52,7 +52,8 @@ def experiment(smoke_root: Path) -> Callable[..., ExperimentConfig]:
 def adapters(root: Path) -> dict[str, dict[str, torch.Tensor]]:
     """Stage folder -> the weights in its final checkpoint."""
     return {
-        path.parent.name: torch.load(path, weights_only=True)["state_dict"] for path in sorted(root.glob("stage_*/final.ckpt"))
+        path.parent.name: torch.load(path, weights_only=True)["state_dict"]
+        for path in sorted(root.glob("stage_*/final.ckpt"))
     }
 
 
@@ -107,13 +108,19 @@ def test_run_directory_holds_what_the_readme_says(uninterrupted: Path) -> None:
 def test_results_hold_matrix_summary_and_cost(uninterrupted: Path) -> None:
     results = json.loads((uninterrupted / "results.json").read_text())
     matrix = results["matrix"]
-    assert [[value is not None for value in row] for row in matrix] == [[True, False, False], [True, True, False], [True] * 3]
+    assert [[value is not None for value in row] for row in matrix] == [
+        [True, False, False],
+        [True, True, False],
+        [True] * 3,
+    ]
     assert len(results["zero_shot"]) == STAGES and None not in results["zero_shot"]
     assert results["summary"]["MFN"] == pytest.approx(sum(matrix[2]) / 3)
     assert [row["stage"] for row in results["cost"]] == ["colours", "shapes", "counts"]
     for row in results["cost"]:
         assert row["trainable_params"] > 0 and row["train_seconds"] > 0 and row["eval_seconds"] > 0
-    rows = [json.loads(line) for line in (uninterrupted / "predictions/stage_02/colours.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (uninterrupted / "predictions/stage_02/colours.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 4 and {"question_id", "prompt", "text", "answer", "score", "task"} <= set(rows[0])
     assert sum(row["score"] for row in rows) / 4 * 100 == pytest.approx(matrix[1][0])
 
@@ -218,7 +225,9 @@ def test_a_folder_with_other_files_is_refused(experiment: Callable[..., Experime
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_second_run_in_the_same_directory_is_refused(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(
+    experiment: Callable[..., ExperimentConfig], tmp_path: Path
+) -> None:
     config = experiment(tmp_path / "run")
     first = RunDirectory(config)
     with pytest.raises(ValueError, match="another process is running"):
@@ -277,7 +286,9 @@ def test_individual_starts_every_task_from_the_pretrained_model(
     experiment: Callable[..., ExperimentConfig], tmp_path: Path
 ) -> None:
     one = run(experiment(tmp_path / "a", "strategy={name: individual}", "order=[shapes,counts]", "zero_shot=false"))
-    two = run(experiment(tmp_path / "b", "strategy={name: individual}", "order=[colours,shapes,counts]", "zero_shot=false"))
+    two = run(
+        experiment(tmp_path / "b", "strategy={name: individual}", "order=[colours,shapes,counts]", "zero_shot=false")
+    )
     del one, two
     first = torch.load(tmp_path / "a" / "stage_01" / "final.ckpt", weights_only=True)["mcit"]["structure"]
     second = torch.load(tmp_path / "b" / "stage_02" / "final.ckpt", weights_only=True)["mcit"]["structure"]

@@ -17,8 +17,17 @@ from mcit_lightning.towers import Towers, find_targets
 
 
 def tiny_llava(device: str = "cpu") -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=10)  # fmt: skip
-    text = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=20, patch_size=10
+    )
+    text = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     with torch.device(device):
         return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=3))
 
@@ -95,14 +104,18 @@ def test_attach_prints_a_plan_and_detach_gives_the_model_back() -> None:
     # adapted linears are found again under the same paths, for strategies that add branches later
     assert len(find_targets(towers, {"language": ["all-linear"]})) == 21
     path = "model.language_model.layers.0.self_attn.q_proj"
-    assert towers.attach(path, scale=2.0) is model.get_submodule(path) and isinstance(model.get_submodule(path), AdapterLinear)
+    assert towers.attach(path, scale=2.0) is model.get_submodule(path) and isinstance(
+        model.get_submodule(path), AdapterLinear
+    )
     towers.detach_all()
     assert set(model.state_dict()) == keys and not towers.adapters
 
 
 def test_adapters_on_the_meta_device_have_the_published_lora_size() -> None:
     """LLaVA-1.5-7B, rank 128 on all seven linears of 32 layers: 145,752,064 in A and 174,063,616 in B."""
-    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    text = LlamaConfig(
+        vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(text_config=text))
     towers = Towers.of(model)

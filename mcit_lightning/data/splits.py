@@ -3,6 +3,7 @@
 import logging
 import os
 from array import array
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,9 @@ class TaskSplit(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self._keep)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
         row = int(self._keep[index])

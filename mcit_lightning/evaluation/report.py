@@ -15,7 +15,7 @@ from mcit_lightning.evaluation.svg import Line, line_chart
 REPORT_FILE = "report.html"
 
 TILES = {
-    "MFN": ("Final (MFN)", "Mean score of all tasks after the last stage.", False),
+    "MFN": ("Final (MFN)", "Mean score of the learnt tasks after the last stage.", False),
     "MFT": ("Just learnt (MFT)", "Mean score of every task right after it was learnt: plasticity.", False),
     "BWT": (
         "Backward transfer (BWT)",
@@ -135,9 +135,9 @@ def _matrix(results: Results) -> str:
         cells = "".join(_cell(score) for score in results.zero_shot)
         before = f'<tbody><tr><th scope="row"><span>Before training</span></th>{cells}</tr></tbody>'
     rows = []
-    for row, (task, scores) in enumerate(zip(results.tasks, results.matrix.scores, strict=True)):
-        cells = "".join(_cell(score, own=row == column) for column, score in enumerate(scores))
-        rows.append(f'<tr><th scope="row"><span>{escape(task)}</span></th>{cells}</tr>')
+    for row in results.matrix.filled_rows():
+        cells = "".join(_cell(score, own=row == column) for column, score in enumerate(results.matrix.scores[row]))
+        rows.append(f'<tr><th scope="row"><span>{escape(results.row_name(row))}</span></th>{cells}</tr>')
     return _section(
         "Accuracy matrix",
         "Score in percent on each task (column) after each stage (row). Bold: the task just learnt. "
@@ -148,22 +148,26 @@ def _matrix(results: Results) -> str:
 
 
 def _curves(results: Results) -> str:
-    rows = list(results.matrix.scores)
-    ticks = [str(number) for number in range(1, len(rows) + 1)]
-    hints = [f"after stage {number} ({task})" for number, task in enumerate(results.tasks, start=1)]
-    offset = 0
+    stages = results.matrix.filled_rows()
+    rows = [results.matrix.scores[row] for row in stages]
+    ticks = [str(number) for number in range(1, len(stages) + 1)]
+    hints = [f"after stage {number} ({results.row_name(row)})" for number, row in enumerate(stages, start=1)]
     if results.zero_shot is not None:
-        rows, ticks, hints, offset = [results.zero_shot, *rows], ["start", *ticks], ["before training", *hints], 1
+        rows, ticks, hints = [results.zero_shot, *rows], ["start", *ticks], ["before training", *hints]
     lines = [
-        Line(name=task, style=column, values=[row[column] for row in rows], solid_from=column + offset)
+        Line(
+            name=task,
+            style=column,
+            values=[row[column] for row in rows],
+            solid_from=len(rows) - sum(row >= column for row in stages),
+        )
         for column, task in enumerate(results.tasks)
+        if any(results.matrix.scores[row][column] is not None for row in stages)
     ]
-    if not any(line.points() for line in lines):
+    if len(rows) < 2:
         return ""
     legend = "".join(
-        f'<li style="color:var(--t{line.style % 8})"><i></i><span>{escape(line.name)}</span></li>'
-        for line in lines
-        if line.points()
+        f'<li style="color:var(--t{line.style % 8})"><i></i><span>{escape(line.name)}</span></li>' for line in lines
     )
     title = "Score of every task after each stage"
     wide = line_chart(lines, ticks, hints, width=1000, height=380, labels=True, title=title)
@@ -192,7 +196,7 @@ def _bars(results: Results) -> str:
             f'<div class="numbers">{number_text(learnt)} \N{RIGHTWARDS ARROW} {number_text(final)} '
             f'<span class="{kind}">({number_text(change, signed=True)})</span></div></div>'
         )
-    if not rows:
+    if len(rows) < 2:  # nothing was learnt after it
         return ""
     return _section(
         "Plasticity and stability",

@@ -98,6 +98,10 @@ class Results:
         """Directory of the stage that filled a row of the matrix, or None if no stage did."""
         return next((entry.folder for entry in self.cost if entry.row == row), None)
 
+    def row_name(self, row: int) -> str:
+        """What a row of the matrix is called: the stage that filled it, else the row's task."""
+        return next((entry.stage for entry in self.cost if entry.row == row), self.tasks[row])
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `results.json`."""
         return {
@@ -156,11 +160,11 @@ class Results:
         write_atomic(root / MATRIX_FILE, self.to_csv())
 
     def to_csv(self) -> str:
-        """The matrix as text: a row per stage, headed by its task, a column per task, empty where not evaluated."""
+        """The matrix as text: a row per stage, headed by its name, a column per task, empty where not evaluated."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["after", *self.tasks])
-        rows = list(zip(self.tasks, self.matrix.scores, strict=True))
+        rows = [(self.row_name(row), scores) for row, scores in enumerate(self.matrix.scores)]
         if self.zero_shot is not None:
             rows.insert(0, ("zero_shot", self.zero_shot))
         for name, scores in rows:

@@ -11,14 +11,13 @@ from mcit_lightning.evaluation.results import CostRow, Results
 
 def stage_table(results: Results) -> Group:
     """The accuracy matrix so far with coloured cells, the summaries below it, and the cost of the last stage."""
-    last = results.matrix.last_row()
-    parts: list[RenderableType] = [_matrix(results, last), _summary(results)]
-    if cost := [entry for entry in results.cost if entry.row == last]:
+    parts: list[RenderableType] = [_matrix(results), _summary(results)]
+    if cost := [entry for entry in results.cost if entry.row == results.matrix.last_row()]:
         parts.append(_cost(cost[-1]))
     return Group(*parts)
 
 
-def _matrix(results: Results, last: int | None) -> Table:
+def _matrix(results: Results) -> Table:
     table = Table(
         title=f"{results.experiment} ({results.strategy})",
         title_justify="left",
@@ -31,9 +30,9 @@ def _matrix(results: Results, last: int | None) -> Table:
         table.add_column(Text(task), justify="right", no_wrap=True)
     if results.zero_shot is not None:
         table.add_row("zero-shot", *(_cell(score) for score in results.zero_shot))
-    for row, (task, scores) in enumerate(zip(results.tasks, results.matrix.scores, strict=True)):
-        if last is not None and row <= last and any(score is not None for score in scores):
-            table.add_row(Text(task), *(_cell(score, bold=row == column) for column, score in enumerate(scores)))
+    for row in results.matrix.filled_rows():
+        scores = results.matrix.scores[row]
+        table.add_row(Text(results.row_name(row)), *(_cell(score, bold=row == n) for n, score in enumerate(scores)))
     return table
 
 

@@ -92,9 +92,13 @@ class TransferMatrix:
             raise ValueError(f"the score of task {task!r} is {score}: was any row of its test split evaluated?")
         return float(score)
 
+    def filled_rows(self) -> list[int]:
+        """Rows with a score: all of them in a finished sequence, the last one alone in a joint run."""
+        return [row for row, scores in enumerate(self.scores) if any(score is not None for score in scores)]
+
     def last_row(self) -> int | None:
         """The last row with a score, or None before the first evaluation."""
-        return max((row for row, scores in enumerate(self.scores) if any(s is not None for s in scores)), default=None)
+        return max(self.filled_rows(), default=None)
 
     def learnt(self, task: str) -> float | None:
         """A[i][i]: score right after the task was learnt."""

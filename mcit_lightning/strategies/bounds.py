@@ -25,7 +25,8 @@ class Individual(Sequential):
     def stages(cls, tasks: list[str]) -> list[Stage]:
         """A stage per task, each started over and evaluated on its own task only: the matrix's diagonal."""
         return [
-            Stage(index=i, name=task, train=(task,), row=i, evaluate=(task,), reset=True) for i, task in enumerate(tasks)
+            Stage(index=i, name=task, train=(task,), row=i, evaluate=(task,), reset=True)
+            for i, task in enumerate(tasks)
         ]
 
 
@@ -33,7 +34,8 @@ class Individual(Sequential):
 class ZeroShot(ContinualStrategy):
     """The pretrained model, untouched: no stage, only the zero-shot row.
 
-    It takes the hyper-parameters of a LoRA run without using them, so that `strategy.name=zero_shot` turns one into this reference.
+    It takes the hyper-parameters of a LoRA run without using them, so that `strategy.name=zero_shot` turns a run into this
+    reference.
     """
 
     Config = LoRAConfig
