@@ -130,7 +130,7 @@ class MCITModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, [] (a scalar)."""
-        with self.strategy.routing(batch, self.stage.name):
+        with self.strategy.routing(self.towers, batch, self.stage.name):
             output = self.strategy.loss(self.model, batch, self.stage)
         size = len(batch["id"])
         self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
@@ -147,7 +147,7 @@ class MCITModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Validation loss of the stage's tasks."""
-        with self.strategy.routing(batch, self.stage.name):
+        with self.strategy.routing(self.towers, batch, self.stage.name):
             output = self.strategy.loss(self.model, batch, self.stage)
         self.log(
             "val/loss",
@@ -193,8 +193,9 @@ class MCITModule(L.LightningModule):
         """Generate and score answers; returns one prediction record per row (see `callbacks.BackwardTransfer`)."""
         task = batch["task"][0]
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        with self.strategy.routing(batch, None):
-            texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task))
+        end_id = stream.train_collator.encoder.end_id
+        with self.strategy.routing(self.towers, batch, None):
+            texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task), end_id)
         metric = self.answer_metrics[task]
         metric.update(texts, batch["reference"], batch["extra"])
         return [

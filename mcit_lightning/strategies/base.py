@@ -72,11 +72,14 @@ class ContinualStrategy(nn.Module):
         """Training loss of a batch; default: cross-entropy on the answer tokens."""
         return answer_loss(model, batch)  # type: ignore[arg-type]
 
-    def routing(self, batch: Batch, task: str | None) -> AbstractContextManager[None]:
-        """Context in which the model runs on a batch: sets gates before, clears them after.
+    def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
+        """Context in which the model runs on a batch: sets the gates.
+
+        In training the gates must stay set after the block, because activation checkpointing runs the forward again during
+        the backward pass; the next call replaces them.
 
         Args:
-            task: the task's name in training; None in evaluation, where no task id may be used.
+            task: the stage's name in training; None in evaluation, where no task id may be used.
         """
         return nullcontext()
 
