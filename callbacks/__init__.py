@@ -4,7 +4,18 @@ from callbacks.base import TaskCallback
 from callbacks.checkpoint import StageCheckpoint
 from callbacks.consolidate import Consolidate
 from callbacks.cost import StageCost
+from callbacks.freezing import BranchFreeze
 from callbacks.progress import StageProgress
+from callbacks.routers import RouterSpawn
 from callbacks.transfer import BackwardTransfer
 
-__all__ = ["BackwardTransfer", "Consolidate", "StageCheckpoint", "StageCost", "StageProgress", "TaskCallback"]
+__all__ = [
+    "BackwardTransfer",
+    "BranchFreeze",
+    "Consolidate",
+    "RouterSpawn",
+    "StageCheckpoint",
+    "StageCost",
+    "StageProgress",
+    "TaskCallback",
+]

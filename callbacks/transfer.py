@@ -104,12 +104,13 @@ class BackwardTransfer(L.Callback):
     def _publish(self, trainer: L.Trainer, root: Path, results: Results, stage: Stage | None) -> None:
         """Everything that people and scripts read; rank zero only."""
         results.save(root)
-        for logger in trainer.loggers:
-            if isinstance(logger, StageTensorBoardLogger):
-                logger.log_forgetting(results, 0 if stage is None else stage.row + 1)
         config = root / "config.yaml"
         images = _Images(trainer.datamodule)  # type: ignore[attr-defined]
         write_report(root, results, config.read_text(encoding="utf-8") if config.is_file() else "", images)
+        # last, because a curve's point cannot be taken back if the run is killed before this stage is marked as done
+        for logger in trainer.loggers:
+            if isinstance(logger, StageTensorBoardLogger):
+                logger.log_forgetting(results, 0 if stage is None else stage.row + 1)
         self._report = results
 
 

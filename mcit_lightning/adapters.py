@@ -44,6 +44,7 @@ class AdapterLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lora_a = nn.ParameterDict()
         self.lora_b = nn.ParameterDict()
+        self.routers = nn.ParameterDict()
         self.trunk_of: dict[str, str] = {}
         self.gate: Gate = None
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
@@ -71,7 +72,9 @@ class AdapterLinear(nn.Module):
         """d_out."""
         return self.base.out_features
 
-    def add_branch(self, name: str, rank: int, *, seed: int, path: str, trunk: str | None = None) -> None:
+    def add_branch(
+        self, name: str, rank: int, *, seed: int, path: str, trunk: str | None = None, std: float | None = None
+    ) -> None:
         """Add a branch; a second call with the same name and rank does nothing, so that plans can be replayed.
 
         A is drawn from a generator seeded by (seed, trunk name, module path) and B is zero, so the layer's output does not
@@ -83,6 +86,7 @@ class AdapterLinear(nn.Module):
             seed: the run's seed.
             path: the module's path in the backbone.
             trunk: key in `lora_a` of the A that it reads; None gives it one of its own. A trunk that exists is shared.
+            std: A is normal with this deviation; None is LoRA's usual Kaiming uniform.
 
         Raises:
             ValueError: the branch or the trunk exists with another rank.
@@ -94,11 +98,28 @@ class AdapterLinear(nn.Module):
                 raise ValueError(f"{path}: {kind} {key!r} has rank {table[key].shape[axis]}, asked for {rank}")
         device = self.base.weight.device
         if trunk not in self.lora_a:
-            self.lora_a[trunk] = nn.Parameter(_kaiming(rank, self.in_features, (seed, trunk, path), device))
+            self.lora_a[trunk] = nn.Parameter(_draw(rank, self.in_features, (seed, trunk, path), device, std))
         if name not in self.lora_b:
             self.lora_b[name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
             self.trunk_of[name] = trunk
         self._index()
+
+    def add_router(self, name: str, *, seed: int, path: str) -> None:
+        """Add a router, [E, d_in] without bias, for the branches that there are; one that exists is left as it is.
+
+        Routers are read by gates, not by this layer. Initial values are drawn like a new A's.
+
+        Raises:
+            ValueError: the router exists for another number of branches.
+        """
+        branches = len(self.lora_b)
+        if name not in self.routers:
+            values = _draw(branches, self.in_features, (seed, f"router {name}", path), self.base.weight.device)
+            self.routers[name] = nn.Parameter(values)
+        elif self.routers[name].shape[0] != branches:
+            raise ValueError(
+                f"{path}: router {name!r} is for {self.routers[name].shape[0]} branches, there are {branches}"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -121,8 +142,8 @@ class AdapterLinear(nn.Module):
         return y + (self.scale * F.linear(hidden, b)).to(y.dtype)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names (relative to this module) and parameters of trunks and branches."""
-        for prefix, table in (("lora_a", self.lora_a), ("lora_b", self.lora_b)):
+        """Names (relative to this module) and parameters of trunks, branches and routers."""
+        for prefix, table in (("lora_a", self.lora_a), ("lora_b", self.lora_b), ("routers", self.routers)):
             for name, parameter in table.items():
                 yield f"{prefix}.{name}", parameter
 
@@ -149,11 +170,16 @@ def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _kaiming(rank: int, features: int, key: tuple[int, str, str], device: torch.device) -> Tensor:
-    """[rank, features], Kaiming uniform with a = sqrt(5) as LoRA (Hu et al. 2022) is commonly initialised; always float32."""
+def _draw(
+    rank: int, features: int, key: tuple[int, str, str], device: torch.device, std: float | None = None
+) -> Tensor:
+    """[rank, features], float32: normal, or Kaiming uniform with a = sqrt(5) as in LoRA (Hu et al. 2022)."""
     if device.type == "meta":
         return torch.empty(rank, features, device=device)
     generator = torch.Generator().manual_seed(zlib.crc32("/".join(map(str, key)).encode()))
     weight = torch.empty(rank, features)
-    nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    if std is None:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
+    else:
+        nn.init.normal_(weight, std=std, generator=generator)
     return weight.to(device)

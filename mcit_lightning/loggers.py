@@ -1,11 +1,13 @@
 """TensorBoard over a whole run: one continuous training axis through all stages, and the forgetting curves."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from typing_extensions import override
 
 from mcit_lightning.evaluation.figures import matrix_image
@@ -32,20 +34,39 @@ class StageTensorBoardLogger(TensorBoardLogger):
     def __init__(self, root: Path, *, step_offset: int = 0) -> None:
         super().__init__(save_dir=root, name="tensorboard", version="", default_hp_metric=False)
         self.step_offset = step_offset
-        self._purged_from: int | None = None
+        self._orphans = bool(_event_files(Path(self.log_dir)))
+        self._check_curves = self._orphans
         self._has_layout = False
 
     @rank_zero_only
     def resume_from(self, step: int) -> None:
         """Hide what an interrupted process wrote from a step of the current stage on, because that work is repeated.
 
+        Call it before every training; it does something only before the first one of a process that found earlier events.
+
         Args:
             step: optimizer steps of the stage that its checkpoint holds; 0 if the stage starts over. `step_offset` is
                 set already.
         """
-        self._purged_from = self.step_offset + step
+        if not self._orphans:
+            return
+        self._orphans = False
+        self._check_curves = True
         self.experiment.close()  # the next write opens a new file; its head voids older events from that step on
-        self.experiment.purge_step = self._purged_from
+        _wait_for_a_later_name(Path(self.log_dir))
+        self.experiment.purge_step = self.step_offset + step
+        self.experiment.flush()
+
+    @override
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write out what is pending, and keep the file open: a process has one file, not one per fit and test."""
+        self.experiment.flush()
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Close the file at the end of the run."""
+        self.experiment.close()
 
     @override
     @rank_zero_only
@@ -63,13 +84,14 @@ class StageTensorBoardLogger(TensorBoardLogger):
         if not self._has_layout:
             self.experiment.add_custom_scalars(_layout(results.tasks))
             self._has_layout = True
-        if (
-            self._purged_from is not None
-        ):  # a purge hides every tag from its step on: give back what it took from these curves
-            for earlier in range(self._purged_from, stage):
-                self._log_row(results, earlier)
-            self._purged_from = None
-        self._log_row(results, stage)
+        rows = [stage]
+        if self._check_curves:  # a killed process may have written this row, and a purge may have hidden earlier ones
+            self.experiment.flush()
+            there = _curve_steps(Path(self.log_dir))
+            rows = [row for row in range(stage + 1) if row not in there]
+            self._check_curves = False
+        for row in rows:
+            self._log_row(results, row)
         self.experiment.add_image("accuracy_matrix", matrix_image(results.matrix), stage, dataformats="HWC")
         self.experiment.flush()
 
@@ -79,6 +101,30 @@ class StageTensorBoardLogger(TensorBoardLogger):
         values = {f"{CURVES}/{task}": score for task, score in zip(results.tasks, scores or (), strict=bool(scores))}
         values.update({f"summary/{name}": summary.get(name) for name in SUMMARIES})
         super().log_metrics({tag: value for tag, value in values.items() if value is not None}, stage)
+
+
+def _curve_steps(folder: Path) -> set[int]:
+    """Stages whose scores a reader of the folder sees."""
+    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
+    events.Reload()
+    tags = [tag for tag in events.Tags()[SCALARS] if tag.startswith(f"{CURVES}/")]
+    return {event.step for tag in tags for event in events.Scalars(tag)}
+
+
+def _event_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("events.out.tfevents.*"))
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Readers take the files of a folder in the order of their names, which begin with the second of their opening.
+
+    A file that voids older events must come after them, so wait for the next second where the newest file is of this one.
+    """
+    newest = max(int(path.name.split(".")[3]) for path in _event_files(folder))
+    for _ in range(30):
+        if int(time.time()) != newest:
+            break
+        time.sleep(0.05)
 
 
 def _layout(tasks: list[str]) -> dict[str, dict[str, list[Any]]]:

@@ -3,12 +3,28 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 Batch = dict[str, Any]
 """What the collators make; `mcit_lightning.data.collate` documents the keys."""
+
+
+def prompt_mask(batch: Batch) -> Tensor:
+    """[B, L], 1 at the tokens of the prompt, image tokens included: all real tokens before the first answer token.
+
+    In an evaluation batch, that is the attention mask.
+    """
+    mask: Tensor = batch["inputs"]["attention_mask"]
+    if "targets" not in batch:
+        return mask
+    size, length = mask.shape
+    starts = torch.full((size,), length, device=mask.device)
+    column = batch["positions"] - batch["rows"] * length + 1
+    starts = starts.scatter_reduce(0, batch["rows"], column, "amin")
+    return mask * (torch.arange(length, device=mask.device) < starts.unsqueeze(1))
 
 
 @dataclass

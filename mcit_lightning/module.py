@@ -196,7 +196,7 @@ class MCITModule(L.LightningModule):
         end_id = stream.train_collator.encoder.end_id
         with self.strategy.routing(self.towers, batch, None):
             texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task), end_id)
-        metric = self.answer_metrics[task]
+        metric, routed = self.answer_metrics[task], self.strategy.routed_to()
         metric.update(texts, batch["reference"], batch["extra"])
         return [
             {
@@ -210,6 +210,7 @@ class MCITModule(L.LightningModule):
                 "answer_id": f"{self.run_id}-{batch['id'][row]}",
                 "model_id": self.config.name,
                 "metadata": {},
+                **({} if routed is None else {"routed_to": routed[row]}),
             }
             for row, text in enumerate(texts)
         ]

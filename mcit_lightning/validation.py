@@ -1,6 +1,7 @@
 """Checks across the configuration, made before model or data are touched."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -92,6 +93,11 @@ def _tasks(config: ExperimentConfig) -> None:
         raise ValueError("tasks: is empty; name at least one task with its train and test files")
     if len(set(config.order)) != len(config.order):
         raise ValueError(f"order: names a task twice: {config.order}")
+    for name in config.tasks:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise ValueError(
+                f"tasks.{name}: a task's name becomes file names and parameter names; use letters, digits, - and _"
+            )
     for name in config.order:
         if name not in config.tasks:
             raise ValueError(f"order: no task {name!r}. {nearest(name, config.tasks)}")

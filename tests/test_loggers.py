@@ -1,5 +1,3 @@
-import time
-
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -48,6 +46,7 @@ def test_training_steps_continue_over_stages(tmp_path):
     logger, module = StageTensorBoardLogger(tmp_path), Tiny()
     for stage in range(2):
         logger.step_offset = stage * 4
+        logger.resume_from(0)
         trainer = Trainer(
             accelerator="cpu",
             logger=logger,
@@ -60,7 +59,9 @@ def test_training_steps_continue_over_stages(tmp_path):
         )
         trainer.fit(module, DataLoader(torch.ones(4, 1), batch_size=1))
     assert steps(read(tmp_path), "train/loss") == list(range(8))
-    assert list(tmp_path.glob("tensorboard/events.out.tfevents.*"))  # flat: no version_0
+    assert (
+        len(list(tmp_path.glob("tensorboard/events.out.tfevents.*"))) == 1
+    )  # flat: no version_0, one file per process
 
 
 def test_forgetting_curves_count_stages(tmp_path):
@@ -89,19 +90,17 @@ def test_a_resume_hides_the_orphaned_tail(tmp_path, used_before):
     first.step_offset = 4
     for step in range(3):  # killed after three steps of the second stage, its checkpoint holds one
         first.log_metrics({"train/loss": 0.0}, step)
-    first.finalize("killed")
-    time.sleep(1.1)  # files are ordered by the second in which they were opened
+    first.close()
 
     second = StageTensorBoardLogger(tmp_path)
     second.step_offset = 4
     if used_before:
         second.log_metrics({"other": 1.0}, 0)
-        time.sleep(1.1)
     second.resume_from(1)
     for step in range(1, 4):
         second.log_metrics({"train/loss": 1.0}, step)
     second.log_forgetting(results, 2)
-    second.finalize("success")
+    second.close()
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(n, float(n >= 5)) for n in range(8)]
     assert steps(events, "forgetting/a-1") == [0, 1, 2]
@@ -111,13 +110,28 @@ def test_a_purge_at_an_early_step_keeps_the_forgetting_curves(tmp_path):
     first, results = StageTensorBoardLogger(tmp_path), make_results()
     first.log_forgetting(results, 0)
     first.log_forgetting(results, 1)
-    first.finalize("killed")
-    time.sleep(1.1)
+    first.close()
     second = StageTensorBoardLogger(tmp_path, step_offset=1)
     second.resume_from(0)  # hides everything from step 1 on, the curves' first stage included
     second.log_metrics({"train/loss": 1.0}, 0)
     second.log_forgetting(results, 2)
-    second.finalize("success")
+    second.close()
     events = read(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("forgetting/a-1")] == [(0, 1.0), (1, 90.0), (2, 80.0)]
     assert steps(events, "train/loss") == [1]
+
+
+def test_a_row_that_a_killed_process_wrote_is_not_written_twice(tmp_path):
+    first, results = StageTensorBoardLogger(tmp_path), make_results()
+    first.log_forgetting(results, 0)
+    first.log_forgetting(results, 1)
+    first.close()
+    second = StageTensorBoardLogger(tmp_path)  # killed before the stage was marked as done: it is evaluated again
+    second.log_forgetting(results, 1)
+    second.step_offset = 1
+    second.resume_from(0)
+    second.log_metrics({"train/loss": 1.0}, 0)
+    second.log_forgetting(results, 2)
+    second.close()
+    assert steps(read(tmp_path), "forgetting/a-1") == [0, 1, 2]
+    assert steps(read(tmp_path), "summary/MAA") == [1, 2]

@@ -20,7 +20,7 @@ class TrainCollator:
     * `targets` [N]: the answer tokens (end token included) of the whole batch, row by row;
     * `positions` [N]: index `b * L + (l - 1)` of the hidden state, flattened over [B, L], that predicts `targets[n]`;
     * `rows` [N]: the batch row `b` of each target;
-    * `task`, `id`: one string per row; `num_tokens`: tokens without padding;
+    * `task`, `id`: one string per row; `num_images`: images of each row; `num_tokens`: tokens without padding;
     * `shortened`, `dropped`: rows that lost the end of their text, and rows that lost every answer token or whose
       prompt alone is too long, which therefore have no target; `cut`: the same two numbers by task, for tasks that have
       any.
@@ -55,6 +55,7 @@ class TrainCollator:
             "rows": torch.tensor([b for b, _ in marks], dtype=torch.long),
             "task": [sample.task for sample in samples],
             "id": [sample.id for sample in samples],
+            "num_images": [len(sample.images) for sample in samples],
             "num_tokens": sum(map(len, rows)),
             "shortened": sum(counts["shortened"] for counts in cut.values()),
             "dropped": sum(counts["dropped"] for counts in cut.values()),
@@ -65,8 +66,8 @@ class TrainCollator:
 class EvalCollator:
     """Prompts to answer: `inputs` left-padded, never cut, without the reference answer.
 
-    Beside them `task`, `id`, `index` (row number in the file), `prompt` (the question without image tokens and suffix),
-    `reference` (the answer as in the file) and `extra` (the row's other keys), one entry per row.
+    Beside them `task`, `id`, `num_images`, `index` (row number in the file), `prompt` (the question without image tokens
+    and suffix), `reference` (the answer as in the file) and `extra` (the row's other keys), one entry per row.
 
     Args:
         processor: the backbone's processor.
@@ -85,6 +86,7 @@ class EvalCollator:
             "inputs": {**self.encoder.pad(rows, "left"), **others},
             "task": [sample.task for sample in samples],
             "id": [sample.id for sample in samples],
+            "num_images": [len(sample.images) for sample in samples],
             "index": [sample.row for sample in samples],
             "prompt": [sample.turns[-1][1] for sample in samples],
             "reference": [sample.reference for sample in samples],

@@ -2,14 +2,20 @@
 
 from mcit_lightning.strategies.base import STRATEGIES, ContinualStrategy, StrategyConfig
 from mcit_lightning.strategies.bounds import Individual, Joint, ZeroShot
+from mcit_lightning.strategies.branchlora import BranchLoRA, BranchLoRAConfig
+from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
 __all__ = [
     "STRATEGIES",
+    "BranchLoRA",
+    "BranchLoRAConfig",
     "ContinualStrategy",
     "Individual",
     "Joint",
     "LoRAConfig",
+    "MoELoRA",
+    "MoELoRAConfig",
     "Sequential",
     "StrategyConfig",
     "ZeroShot",

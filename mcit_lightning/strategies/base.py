@@ -83,6 +83,13 @@ class ContinualStrategy(nn.Module):
         """
         return nullcontext()
 
+    def routed_to(self) -> list[list[str]] | None:
+        """Where the last evaluation batch was routed: for each sample the tasks whose experts it got, best first.
+
+        None where the strategy does not route, or had nothing to route to.
+        """
+        return None
+
     def end_task(self, towers: Towers, stage: Stage) -> FreezeRecord | None:
         """Consolidate after a stage's training, and say what freezes for ever, if anything."""
         return None

@@ -1,0 +1,118 @@
+"""Gates that a router computes from a layer's input: dense per token (MoELoRA), or top-k of one token (BranchLoRA).
+
+Shapes: B samples, S tokens, E branches, T routers, d the layer's input width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mcit_lightning.adapters import AdapterLinear
+
+GateInput = Literal["first", "mean", "last", "token"]
+"""What a router reads: the first or last real token, the mean of the prompt's tokens, or each token for itself."""
+
+
+@dataclass
+class GateState:
+    """What all gates of a model need to know about the batch; the strategy sets it once per batch."""
+
+    mask: Tensor
+    """[B, S], 1 at real tokens: the attention mask of the prompt (in training: of prompt and answer)."""
+    router: str | None = None
+    """Name of the router for every sample; None when `choice` says it per sample."""
+    choice: Tensor | None = None
+    """[B], index of each sample's router among the layer's routers, in the order in which they were added."""
+    generating: bool = False
+    """Keep what was decided at the first call (the prefill) for all later ones (decoding)."""
+    noise: dict[str, Tensor] = field(default_factory=dict)
+    """Module path -> [B, E] added to the logits; drawn once per batch, so that recomputation sees the same."""
+    decided: dict[str, Tensor] = field(default_factory=dict)
+    """Module path -> [B, E], the gate that a generation keeps."""
+    usage: dict[str, Tensor] = field(default_factory=dict)
+    """Module path -> [2, E], how often each branch was chosen in this batch, and the sum of its gates. A recomputed forward
+    writes the same numbers again, so a batch counts once."""
+
+
+class RouterGate:
+    """The gate of one adapter layer, for `AdapterLinear.gate`.
+
+    Logits are computed in float32. With `top_k` the k largest are kept and the softmax is taken over them (the magnitude
+    then does not depend on E); all other gates are exactly zero.
+
+    Args:
+        path: the layer's path, under which noise and decisions are filed.
+        layer: the layer.
+        top_k: branches per sample; None keeps all (dense).
+        gate_input: what the router reads.
+        normalize: divide the router's input by its root mean square. The first token of a decoder has activations of
+            extreme size, which would saturate the softmax.
+    """
+
+    def __init__(
+        self, path: str, layer: AdapterLinear, *, top_k: int | None, gate_input: GateInput, normalize: bool
+    ) -> None:
+        self.path, self.layer = path, layer
+        self.top_k, self.gate_input, self.normalize = top_k, gate_input, normalize
+        self.state: GateState | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        state = self.state
+        assert state is not None, f"{self.path}: the strategy's routing context was not entered"
+        per_token = self.gate_input == "token"
+        if state.generating and not per_token and self.path in state.decided:
+            return state.decided[self.path]
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.float() if per_token else self._read(x, state)
+            if self.normalize:
+                z = F.rms_norm(z, z.shape[-1:], eps=1e-6)
+            logits = self._logits(z, state)
+            if self.path in state.noise:
+                logits = logits + _expand(state.noise[self.path], logits.shape[0])
+            gate = self._weights(logits)
+        if not state.generating:
+            state.usage[self.path] = self._usage(gate.detach(), state.mask)
+        elif not per_token:
+            state.decided[self.path] = gate
+        return gate
+
+    def _read(self, x: Tensor, state: GateState) -> Tensor:
+        """[B, d] in float32: what the router sees of each sample."""
+        mask = _expand(state.mask, x.shape[0])
+        if self.gate_input == "mean":
+            weights = mask.to(torch.float32).unsqueeze(-1)
+            return (x.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+        reverse = self.gate_input == "last"
+        index = mask.flip(1).argmax(1) if reverse else mask.argmax(1)
+        index = mask.shape[1] - 1 - index if reverse else index
+        return x[torch.arange(x.shape[0], device=x.device), index].float()
+
+    def _logits(self, z: Tensor, state: GateState) -> Tensor:
+        """[B, E], or [B, S, E] per token."""
+        if state.choice is None:
+            assert state.router is not None
+            return z @ self.layer.routers[state.router].float().T
+        table = torch.stack(list(self.layer.routers.values())).float()  # [T, E, d]
+        own = table.index_select(0, _expand(state.choice, z.shape[0]))
+        return torch.einsum("b...d,bed->b...e", z, own)
+
+    def _usage(self, gate: Tensor, mask: Tensor) -> Tensor:
+        """[2, E], summed over samples, or over real tokens."""
+        if gate.dim() == 3:
+            gate = gate * mask.unsqueeze(-1)
+        gate = gate.flatten(0, -2)
+        return torch.stack([(gate > 0).float().sum(0), gate.sum(0)])
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        if self.top_k is None or self.top_k >= logits.shape[-1]:
+            return logits.softmax(-1)
+        top = logits.topk(self.top_k, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
+
+
+def _expand(per_sample: Tensor, rows: int) -> Tensor:
+    """Repeat rows for beams: generation puts the beams of a sample next to each other."""
+    return per_sample if per_sample.shape[0] == rows else per_sample.repeat_interleave(rows // per_sample.shape[0], 0)

@@ -1,0 +1,92 @@
+"""MoELoRA, the method of CoIN (Chen et al., NeurIPS 2024): LoRA experts with a dense softmax router per token."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+
+from mcit_lightning.gates import GateInput, GateState, RouterGate
+from mcit_lightning.loss import Batch, prompt_mask
+from mcit_lightning.plans import TaskPlan
+from mcit_lightning.stages import Stage
+from mcit_lightning.strategies.base import STRATEGIES, ContinualStrategy
+from mcit_lightning.strategies.sequential import LoRAConfig
+from mcit_lightning.towers import Towers, find_targets
+
+ROUTER = "shared"
+"""Name of the router where all tasks have the same one."""
+
+
+@dataclass
+class MoELoRAConfig(LoRAConfig):
+    """As in CoIN's scripts, but for the total rank: theirs is 128 with alpha 256."""
+
+    experts: int = 8
+    """N; each expert has rank `rank / experts`, so that the stored rank does not depend on N."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.experts < 1 or self.rank % self.experts:
+            raise ValueError(f"experts: {self.experts} must divide rank ({self.rank}); each expert has rank / experts")
+
+
+@STRATEGIES.register("moelora")
+class MoELoRA(ContinualStrategy):
+    """N experts of rank r / N in every target, mixed per token by a softmax over all of them.
+
+        y = W0 x + (alpha / r) sum_i softmax(R x)_i B_i A_i x
+
+    The scale is alpha / r with the full r. All experts and the router train through all tasks; nothing protects earlier ones.
+    """
+
+    Config = MoELoRAConfig
+    config: MoELoRAConfig
+    state: GateState | None = None
+    top_k: int | None = None
+    gate_input: GateInput = "token"
+    normalize = False
+
+    def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
+        """All experts in every target, in the first stage; nothing after it."""
+        paths = find_targets(towers, self.config.targets)
+        return TaskPlan(stage.name, ranks={path: self.config.rank for path in paths if path not in towers.adapters})
+
+    def grow(self, towers: Towers, plan: TaskPlan) -> None:
+        """Attach the planned experts and their router."""
+        rank = self.config.rank // self.config.experts
+        for path in plan.ranks:
+            layer = towers.attach(path, scale=self.config.alpha / self.config.rank, dropout=self.config.dropout)
+            for index in range(self.config.experts):
+                layer.add_branch(f"expert{index}", rank, seed=self.seed, path=path, trunk=self.trunk(index), std=0.01)
+            layer.gate = RouterGate(path, layer, top_k=self.top_k, gate_input=self.gate_input, normalize=self.normalize)
+        self.add_routers(towers, plan)
+
+    def trunk(self, index: int) -> str:
+        """Name of the A that an expert reads: its own."""
+        return f"expert{index}"
+
+    def add_routers(self, towers: Towers, plan: TaskPlan) -> None:
+        """One router per module, made with the experts."""
+        for path in plan.ranks:
+            towers.adapters[path].add_router(ROUTER, seed=self.seed, path=path)
+
+    def gate_state(self, towers: Towers, batch: Batch, task: str | None) -> GateState:
+        """The gates' view of a batch."""
+        return GateState(mask=prompt_mask(batch), router=ROUTER, generating=task is None)
+
+    def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
+        """Give every gate the state of this batch."""
+        self.state = state = self.gate_state(towers, batch, task)
+        for layer in towers.adapters.values():
+            if isinstance(layer.gate, RouterGate):
+                layer.gate.state = state
+        return _generating(state)
+
+
+@contextmanager
+def _generating(state: GateState) -> Iterator[None]:
+    """Forget the decisions of a generation at its end; those of a training step stay for recomputation and for counting."""
+    try:
+        yield
+    finally:
+        if state.generating:
+            state.decided.clear()
