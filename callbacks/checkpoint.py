@@ -65,6 +65,8 @@ def _save(trainer: L.Trainer, path: Path, *, weights_only: bool) -> None:
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            for logger in trainer.loggers:
+                logger.save()  # a kill after this point must not lose curve points from before it
     except BaseException:
         if trainer.is_global_zero:
             temporary.unlink(missing_ok=True)

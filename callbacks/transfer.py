@@ -12,6 +12,7 @@ from rich.console import Console
 from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, write_part
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
+from mcit_lightning.evaluation.routing import routing_summary
 from mcit_lightning.evaluation.table import stage_table
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.stages import Stage
@@ -74,6 +75,13 @@ class BackwardTransfer(L.Callback):
         if stage is not None:
             cost = results.cost_row(stage.name, stage.folder, stage.row)
             cost.eval_seconds, cost.eval_samples_per_second = seconds, samples / seconds
+            routing = None
+            if trainer.is_global_zero:
+                learnt = results.tasks[: stage.row + 1]
+                routing = routing_summary(root, stage.folder, list(self._rows), learnt)
+            if routing is not None:
+                per_stage = {**(results.routing or {}).get("per_stage", {}), stage.name: routing["accuracy"]}
+                results.routing = {**routing, "per_stage": per_stage}
         if trainer.is_global_zero:
             self._publish(trainer, root, results, stage)
 

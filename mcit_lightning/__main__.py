@@ -1,12 +1,15 @@
 """`mcit-lightning EXPERIMENT [key=value ...]`: run an experiment, or continue it where it stopped."""
 
 import argparse
+import errno
 import logging
 import os
 import sys
 import warnings
 
 from mcit_lightning import __version__
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def _fail(error: ValueError | OSError, status: int) -> int:
         origin, text = ("mcit_lightning", ours[2].strip()) if ours[1] else (origin, text)
     known = origin.partition(".")[0] in ("mcit_lightning", "callbacks")
     if isinstance(error, OSError):
-        text, known = disk_error(error), known or error.filename is not None
+        text, known = disk_error(error), known or error.errno in DISK_ERRORS
     if not known or os.environ.get("MCIT_DEBUG"):
         raise error
     logging.getLogger(__name__).error("%s", text)
@@ -81,6 +84,7 @@ def _quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*module.s. in eval mode at the start of training.*",  # a frozen vision tower is meant to be
         ".*smaller than the logging interval.*",
+        ".*isinstance.treespec, LeafSpec.*",  # from inside Lightning
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -39,6 +39,9 @@ def run(config: ExperimentConfig) -> Results:
     directory = RunDirectory(config)
     try:
         return _Run(config, directory).execute()
+    except OSError as error:
+        error.filename = error.filename or str(directory.root)  # a full disk does not always name the file
+        raise
     finally:
         directory.close()
 
@@ -76,6 +79,7 @@ class _Run:
             self.directory.save()
         state.finished = True
         self.directory.save()
+        self.tensorboard.close()
         return self.module.results
 
     def _stage(self, stage: Stage) -> int:

@@ -18,6 +18,7 @@ from mcit_lightning.data.images import ImageFolder
 from mcit_lightning.data.readers import Rows, file_format, read_file
 from mcit_lightning.data.records import ImageSource, Place, Sample, Split, Turns, parse_row
 from mcit_lightning.data.sampler import derive_seed
+from mcit_lightning.evaluation.metrics import get_metric
 
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_IMAGE = 256
@@ -99,7 +100,7 @@ def open_split(data: DataConfig, task: str, config: TaskConfig, split: Split, se
     if not name:
         raise ValueError(f"{key} is not set. Name the task's {split} file, relative to data.root ({data.root}).")
     root = os.path.abspath(os.path.expanduser(data.root))
-    check = _Check(task, split, key, root)
+    check = _Check(task, split, key, root, config.metric)
     kind = file_format(name, config.format, key)
     rows: Rows
     if kind == "hf":
@@ -131,7 +132,7 @@ def open_split(data: DataConfig, task: str, config: TaskConfig, split: Split, se
 class _Check:
     """Sees every row once while the file is read, and forgets all but lengths and image names."""
 
-    def __init__(self, task: str, split: Split, key: str, root: str) -> None:
+    def __init__(self, task: str, split: Split, key: str, root: str, metric: str) -> None:
         self.source = ""
         self.lengths = array("i")
         self.repeated = 0
@@ -140,6 +141,8 @@ class _Check:
         self._split: Split = split
         self._key = key
         self._root = root
+        self._name = metric
+        self._metric = get_metric(metric)()
         self._names: list[tuple[ImageSource, ...]] = []
         self._seen: dict[str, int] = {}
         self._questions: dict[tuple[str, Turns], int] = {}
@@ -154,6 +157,12 @@ class _Check:
         self._seen[sample.id] = index
         if self._split == "test":
             first = self._questions.setdefault((sample.id, sample.turns), index)
+            try:
+                self._metric.check(sample.reference, sample.extra)
+            except ValueError as error:
+                raise place.error(
+                    "`answer`", f"cannot be scored by {self._name}: {error}", "Correct the row or the metric."
+                ) from error
             if first != index:
                 raise replace(place, id=sample.id).error(
                     "`question_id`",

@@ -51,6 +51,7 @@ def write_report(root: Path, results: Results, config_yaml: str, image_of: Image
         _header(results),
         _matrix(results),
         _curves(results),
+        _routing(results),
         _bars(results),
         _cost(results.cost),
         _samples(root, results, image_of),
@@ -144,6 +145,30 @@ def _matrix(results: Results) -> str:
         "Reading down a column shows what later stages did to the task.",
         f'<div class="scroll"><table class="matrix"><thead><tr><th><span>After learning</span></th>{head}</tr></thead>',
         f"{before}<tbody>{''.join(rows)}</tbody></table></div>",
+    )
+
+
+def _routing(results: Results) -> str:
+    """True task against the task whose router or expert was chosen, after the last stage."""
+    if results.routing is None:
+        return ""
+    confusion: dict[str, dict[str, int]] = results.routing["confusion"]
+    found = {routed for counts in confusion.values() for routed in counts}
+    columns = [*(task for task in results.tasks if task in found), *sorted(found - set(results.tasks))]
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in columns)
+    rows = []
+    for task, counts in confusion.items():
+        total = sum(counts.values())
+        cells = "".join(
+            _cell(100 * counts[name] / total, own=name == task) if name in counts else _cell(None) for name in columns
+        )
+        rows.append(f'<tr><th scope="row"><span>{escape(task)}</span></th>{cells}</tr>')
+    return _section(
+        "Routing",
+        f"Share of a task's samples (row, percent) that were routed to each task (column) after the last stage. "
+        f"Right for {number_text(results.routing['accuracy'])} % of the samples of learnt tasks.",
+        f'<div class="scroll"><table class="matrix"><thead><tr><th><span>Samples of</span></th>{head}</tr></thead>',
+        f"<tbody>{''.join(rows)}</tbody></table></div>",
     )
 
 
