@@ -47,6 +47,7 @@ class AdapterLinear(nn.Module):
         self.routers = nn.ParameterDict()
         self.trunk_of: dict[str, str] = {}
         self.gate: Gate = None
+        self._unmerged: nn.Parameter | None = None
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
         self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
         self.register_buffer("trunk_columns", empty, persistent=False)  # [sum of ranks]: column of A_cat that feeds it
@@ -121,9 +122,38 @@ class AdapterLinear(nn.Module):
                 f"{path}: router {name!r} is for {self.routers[name].shape[0]} branches, there are {branches}"
             )
 
+    @torch.no_grad()
+    def merge(self, gate: Tensor | None = None) -> None:
+        """Add the branches to the base weight, so that the layer costs what the base costs.
+
+        Only for a gate that does not depend on the input. The pretrained weight is kept, so `unmerge` is exact.
+
+        Args:
+            gate: [E], or None for weight one everywhere.
+
+        Raises:
+            ValueError: the layer is merged already, or its base is quantised.
+        """
+        if self._unmerged is not None:
+            raise ValueError("the layer is merged already; unmerge it first")
+        if not self.base.weight.is_floating_point():
+            raise ValueError("a quantised base cannot be merged with its branches")
+        a = _concatenate(list(self.lora_a.values()), 0).index_select(0, self.trunk_columns)
+        b = _concatenate(list(self.lora_b.values()), 1)
+        if gate is not None:
+            b = b * gate.to(b.dtype).index_select(0, self.branch_index)
+        self._unmerged = self.base.weight
+        merged = self.base.weight.float() + self.scale * (b @ a)
+        self.base.weight = nn.Parameter(merged.to(self.base.weight.dtype), requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the pretrained weight back; nothing to do if the layer is not merged."""
+        if self._unmerged is not None:
+            self.base.weight, self._unmerged = self._unmerged, None
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.lora_b:
+        if not self.lora_b or self._unmerged is not None:
             return y
         a = _concatenate(list(self.lora_a.values()), 0)
         b = _concatenate(list(self.lora_b.values()), 1)

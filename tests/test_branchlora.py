@@ -335,3 +335,27 @@ def test_generation_of_a_batch_equals_single_samples(experiment: Callable[..., E
             return generate_answers(module.model, module.processor, part["inputs"], 4, -1)
 
     assert answers(batch) == [answers(rows(batch, [row]))[0] for row in range(6)]
+
+
+def test_merged_task_gives_the_same_answers_and_unmerges_exactly(experiment: Callable[..., ExperimentConfig]) -> None:
+    module = build(experiment(BRANCH, "strategy.selector=oracle"), STAGES, std=0.3)
+    strategy = module.strategy
+    assert isinstance(strategy, BranchLoRA)
+    batch = batches(module.config, module)[1]
+    expected = last_logits(module, batch)
+    before = {path: layer.base.weight for path, layer in module.towers.adapters.items()}
+    with strategy.merged(module.towers, batch, "shapes"):
+        assert not any(layer.base.weight is before[path] for path, layer in module.towers.adapters.items())
+        positions = (batch["inputs"]["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            merged = module.model(**batch["inputs"], position_ids=positions).logits[:, -1]
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert all(layer.base.weight is before[path] for path, layer in module.towers.adapters.items())
+    assert torch.equal(last_logits(module, batch), expected)
+    with pytest.raises(ValueError, match="'squares' has no router; learnt: colours, shapes, counts"):  # noqa: SIM117
+        with strategy.merged(module.towers, batch, "squares"):
+            pass
+    strategy.gate_input = "mean"
+    with pytest.raises(ValueError, match="gate_input: is 'mean'"):  # noqa: SIM117
+        with strategy.merged(module.towers, batch, "shapes"):
+            pass

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mcit_lightning.adapters import AdapterLinear
-from mcit_lightning.gates import GateInput, GateState
+from mcit_lightning.gates import GateInput, GateState, RouterGate
 from mcit_lightning.loss import Batch, LossOutput, answer_loss, prompt_mask
 from mcit_lightning.plans import FreezeRecord, TaskPlan
 from mcit_lightning.selector import TaskSelector, embed
@@ -191,6 +192,43 @@ class BranchLoRA(MoELoRA):
         if self._choice is None:
             return None
         return [[self.selector.tasks[index]] for index in self._choice.tolist()]
+
+    @contextmanager
+    def merged(self, towers: Towers, batch: Batch, task: str) -> Iterator[None]:
+        """Context in which a learnt task's branches are part of the base weights: same answers, no adapter cost.
+
+        With the first-token gate and no noise the gate is a constant of task and module. Inside, every sample is answered
+        with that task's router; no routing context is needed.
+
+        Args:
+            batch: any batch whose prompts start with the template's first token; its first row is run once to read the gates.
+            task: a learnt task.
+
+        Raises:
+            ValueError: the gate depends on the sample, or the task has no router.
+        """
+        if self.gate_input != "first":
+            raise ValueError(
+                f"gate_input: is {self.gate_input!r}; only the gate of the first token is constant and can be merged"
+            )
+        router = task if self.config.task_routers else ROUTER
+        layers = towers.adapters
+        if not layers or router not in next(iter(layers.values())).routers:
+            raise ValueError(f"task {task!r} has no router; learnt: {', '.join(self.selector.tasks) or 'none'}")
+        self.state = GateState(mask=prompt_mask(batch), router=router, generating=True)
+        for layer in layers.values():
+            assert isinstance(layer.gate, RouterGate)
+            layer.gate.state = self.state
+        with torch.no_grad():
+            towers.model(**batch["inputs"])
+        gates = {path: gate[0] for path, gate in self.state.decided.items()}
+        try:
+            for path, layer in layers.items():
+                layer.merge(gates[path])
+            yield
+        finally:
+            for layer in layers.values():
+                layer.unmerge()
 
     def _choose(self, towers: Towers, batch: Batch) -> Tensor:
         """[B], index of each sample's router. The oracle sends a task that was not learnt yet to the newest router."""
