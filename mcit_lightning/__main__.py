@@ -84,6 +84,7 @@ def _quiet_libraries() -> None:
         ".*does not have many workers.*",
         ".*module.s. in eval mode at the start of training.*",  # a frozen vision tower is meant to be
         ".*smaller than the logging interval.*",
+        ".*Total length of `list` across ranks is zero.*",  # a stage without validation data
         ".*isinstance.treespec, LeafSpec.*",  # from inside Lightning
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -47,7 +47,9 @@ class AdapterLinear(nn.Module):
         self.routers = nn.ParameterDict()
         self.trunk_of: dict[str, str] = {}
         self.gate: Gate = None
-        self._unmerged: nn.Parameter | None = None
+        self._unmerged: list[
+            nn.Parameter
+        ] = []  # the pretrained weight while merged; a list, so that it is no parameter twice
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
         self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
         self.register_buffer("trunk_columns", empty, persistent=False)  # [sum of ranks]: column of A_cat that feeds it
@@ -134,7 +136,7 @@ class AdapterLinear(nn.Module):
         Raises:
             ValueError: the layer is merged already, or its base is quantised.
         """
-        if self._unmerged is not None:
+        if self._unmerged:
             raise ValueError("the layer is merged already; unmerge it first")
         if not self.base.weight.is_floating_point():
             raise ValueError("a quantised base cannot be merged with its branches")
@@ -142,18 +144,18 @@ class AdapterLinear(nn.Module):
         b = _concatenate(list(self.lora_b.values()), 1)
         if gate is not None:
             b = b * gate.to(b.dtype).index_select(0, self.branch_index)
-        self._unmerged = self.base.weight
+        self._unmerged = [self.base.weight]
         merged = self.base.weight.float() + self.scale * (b @ a)
         self.base.weight = nn.Parameter(merged.to(self.base.weight.dtype), requires_grad=False)
 
     def unmerge(self) -> None:
         """Put the pretrained weight back; nothing to do if the layer is not merged."""
-        if self._unmerged is not None:
-            self.base.weight, self._unmerged = self._unmerged, None
+        if self._unmerged:
+            self.base.weight = self._unmerged.pop()
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.lora_b or self._unmerged is not None:
+        if not self.lora_b or self._unmerged:
             return y
         a = _concatenate(list(self.lora_a.values()), 0)
         b = _concatenate(list(self.lora_b.values()), 1)

@@ -132,4 +132,4 @@ class ExperimentConfig:
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     """`{_target_: callbacks.Name, ...}` each, in execution order."""
     trainer: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `lightning.Trainer`. `precision: auto` is bf16-mixed on a GPU that has it, else 32-true."""
+    """Arguments of `lightning.Trainer`. `precision: auto` is bf16-mixed where the device computes in bfloat16, else 32-true."""

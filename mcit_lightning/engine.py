@@ -9,12 +9,18 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 
 def resolve_precision(trainer: Mapping[str, Any]) -> str:
-    """`auto` (or nothing): bf16-mixed on a GPU that computes in bfloat16, else 32-true; anything else is taken as it is."""
+    """`auto` (or nothing): bf16-mixed where the device computes in bfloat16, else 32-true; anything else is taken as it is."""
     precision = str(trainer.get("precision", "auto"))
     if precision != "auto":
         return precision
-    on_gpu = trainer.get("accelerator", "auto") not in ("cpu",) and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
+    return "bf16-mixed" if (torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bfloat16()) else "32-true"
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16 products; it emulates them slowly otherwise."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older releases of torch
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy | str:

@@ -95,6 +95,9 @@ def test_base_is_bfloat16_and_what_trains_is_float32_under_bf16_mixed(
 
 def test_precision_and_engine_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert resolve_precision({"precision": "auto"}) == "bf16-mixed"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
     assert resolve_precision({"precision": "auto"}) == "32-true"
     assert resolve_precision({"precision": "bf16-mixed"}) == "bf16-mixed"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -56,7 +56,8 @@ def place(
 
 
 def balanced(labels: list[str], count: int, rng: random.Random) -> list[str]:
-    """`count` labels in random order, each as often as any other (give or take one)."""
-    answers = [labels[index % len(labels)] for index in range(count)]
-    rng.shuffle(answers)
-    return answers
+    """`count` labels in random order, each as often as any other (give or take one), and so in every beginning of it."""
+    answers: list[str] = []
+    while len(answers) < count:
+        answers += rng.sample(labels, len(labels))
+    return answers[:count]

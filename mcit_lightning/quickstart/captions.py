@@ -37,6 +37,7 @@ class Caption:
     drawing: Image.Image
 
     def paint(self, size: int, rng: random.Random) -> Image.Image:
+        """The drawing at a random place of a pale square of `size` pixels."""
         return place(self.drawing, size, rng, pale(rng), scale=(0.6, 0.98))
 
 

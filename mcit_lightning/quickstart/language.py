@@ -46,6 +46,7 @@ class SmolLM2:
         return self.reader.fields[key].contents()
 
     def config(self) -> LlamaConfig:
+        """The shape of the model, from the file's header."""
         from transformers import LlamaConfig
 
         width, heads = self._get("llama.embedding_length"), self._get("llama.attention.head_count")

