@@ -20,7 +20,7 @@ class StageCost(L.Callback):
     resumed stage reports the time of the work that it is made of, not of work that was lost. The row is saved at the
     end of the training, so that it is still there if the run is killed during the evaluation.
 
-    The module must have `results` and `saved_keys`, the data module `stage` and `report`.
+    The module must have `results` and `saved_keys`, the data module `stage`, `check_trained` and `report`.
     """
 
     def __init__(self) -> None:
@@ -51,10 +51,15 @@ class StageCost(L.Callback):
         self._since = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fill the stage's cost row and save the results."""
+        """Fill the stage's cost row and save the results.
+
+        Raises:
+            ValueError: the stage has trained on nothing, because every sample was too long.
+        """
         seconds = self._elapsed()
         results: Results = pl_module.results  # type: ignore[assignment]
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream.check_trained()
         stage: Stage = stream.stage
         cost = results.cost_row(stage.name, stage.folder, stage.row)
         cost.trainable_params = self._trainable

@@ -36,6 +36,9 @@ class BackwardTransfer(L.Callback):
         RuntimeError: predictions are missing or repeated (on every rank, after rank zero has counted).
     """
 
+    fills_matrix = True
+    """What the configuration looks for: a run without such a callback would end with nothing to show."""
+
     def __init__(self) -> None:
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._started = 0.0

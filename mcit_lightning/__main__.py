@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line.
 
     Returns:
-        Exit status: 0, 2 for bad input, 3 for a full or read-only disk, 130 after Ctrl-C.
+        Exit status: 0, 2 for bad input, 3 for a full or read-only disk, 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = argparse.ArgumentParser(
         prog="mcit-lightning",
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     from mcit_lightning.loading import find_experiment, load_config  # after argparse: --help answers at once
 
+    sys.path.insert(0, os.getcwd())  # for `imports`, as `python -m` does; the console script would not find them
+
     try:
         config = load_config(find_experiment(options.experiment), options.overrides)
         from mcit_lightning.runner import run
@@ -42,9 +44,26 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(error, 3)
     except KeyboardInterrupt:
-        logging.getLogger(__name__).error("interrupted; the same command continues the run")
-        return 130
+        return _stopped("interrupted", 130)
+    except SystemExit as error:  # how Lightning ends after Ctrl-C and after SIGTERM
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return _stopped("interrupted", 130)
+        if type(error).__name__ == "SIGTERMException":
+            return _stopped("terminated", 143)
+        raise
+    except RuntimeError as error:
+        if "LOCAL_RANK" in os.environ and any(
+            word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")
+        ):
+            logging.getLogger(__name__).error("another process of this run stopped; see its message")
+            return 1
+        raise
     return 0
+
+
+def _stopped(how: str, status: int) -> int:
+    logging.getLogger(__name__).error("%s; the same command continues the run", how)
+    return status
 
 
 def _fail(error: ValueError | OSError, status: int) -> int:
@@ -80,6 +99,7 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "datasets", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*module.s. in eval mode at the start of training.*",  # a frozen vision tower is meant to be

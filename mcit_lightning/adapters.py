@@ -47,9 +47,7 @@ class AdapterLinear(nn.Module):
         self.routers = nn.ParameterDict()
         self.trunk_of: dict[str, str] = {}
         self.gate: Gate = None
-        self._unmerged: list[
-            nn.Parameter
-        ] = []  # the pretrained weight while merged; a list, so that it is no parameter twice
+        self._unmerged: list[nn.Parameter] = []  # the pretrained weight while merged, hidden from `parameters()`
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
         self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
         self.register_buffer("trunk_columns", empty, persistent=False)  # [sum of ranks]: column of A_cat that feeds it
@@ -144,7 +142,7 @@ class AdapterLinear(nn.Module):
         b = _concatenate(list(self.lora_b.values()), 1)
         if gate is not None:
             b = b * gate.to(b.dtype).index_select(0, self.branch_index)
-        self._unmerged = [self.base.weight]
+        self._unmerged.append(self.base.weight)  # type: ignore[arg-type]
         merged = self.base.weight.float() + self.scale * (b @ a)
         self.base.weight = nn.Parameter(merged.to(self.base.weight.dtype), requires_grad=False)
 

@@ -113,11 +113,14 @@ class ExperimentConfig:
     out: str | None = None
     """Run directory; None means `runs/<name>`."""
     overwrite: bool = False
-    """Start over in a run directory that holds a finished or different run (the old one is deleted)."""
+    """Start over in a run directory that holds a finished or different run (the old one is deleted). An interrupted run of this
+    configuration continues all the same."""
     zero_shot: bool = True
     """Evaluate the pretrained model on every task before training."""
     evaluate: Literal["seen", "all"] = "seen"
     """Tasks evaluated after each stage. `all` also evaluates tasks still to come, for forward transfer."""
+    imports: list[str] = field(default_factory=list)
+    """Python modules to import first: your own files that register strategies or metrics."""
     prepare: dict[str, Any] | None = None
     """`{_target_: dotted.path, ...}`: called as `target(root=Path(data.root), ...)` on rank zero before anything loads."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)

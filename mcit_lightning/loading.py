@@ -4,6 +4,7 @@ Order of precedence: schema defaults, then the files named under `base:` (left t
 then the command line. Every mistake is a `ValueError` that names the key, the value and the nearest valid name.
 """
 
+import importlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
@@ -38,7 +39,10 @@ def find_experiment(name: str) -> Path:
         ValueError: there is none; lists what there is.
     """
     folder = experiments_dir()
-    for candidate in (Path(name), folder / f"{name}.yaml", folder / Path(name).name):
+    candidates = [Path(name), folder / f"{name}.yaml"]
+    if str(Path(name).parent) in (".", "experiments"):  # another folder would be another experiment
+        candidates.append(folder / Path(name).name)
+    for candidate in candidates:
         if candidate.is_file():
             return candidate
     known = [path.stem for path in folder.glob("*.yaml")]
@@ -64,6 +68,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
     merged: DictConfig = OmegaConf.structured(ExperimentConfig)
     for file, content in _with_bases(Path(path), ()):
         merged = _merge(merged, content, str(file))
+    overrides = list(overrides)
     for override in overrides:
         _override(merged, override)
     try:
@@ -77,7 +82,14 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
     assert isinstance(config, ExperimentConfig)
     if not config.order:
         config.order = list(config.tasks)
-    validate(config, str(path))
+    for name in config.imports:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{path}: imports: no module {name!r}; is its folder the current one or on PYTHONPATH?"
+            ) from error
+    validate(config, f"{path} with {' '.join(overrides)}" if overrides else str(path))
     return config
 
 
@@ -107,12 +119,12 @@ def _with_bases(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[st
         raise ValueError(f"base: {' -> '.join(str(p) for p in (*chain, path))} is a cycle")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # PyYAML reads 1e-4 as text, OmegaConf's loader as a number (and refuses a key that is there twice).
+        content = OmegaConf.to_container(OmegaConf.load(path)) if content else {}
     except FileNotFoundError as error:
         raise ValueError(f"no such file {path}" + (f", named under 'base:' in {chain[-1]}" if chain else "")) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
-    # OmegaConf's own YAML loader reads 1e-4 as a number; PyYAML is used above only to report the place of a syntax error.
-    content = OmegaConf.to_container(OmegaConf.load(path)) if content else {}
     if not isinstance(content, dict):
         raise ValueError(f"{path}: the file must be a mapping of keys to values, not a {type(content).__name__}")
     bases = content.pop("base", [])

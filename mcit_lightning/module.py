@@ -132,6 +132,9 @@ class MCITModule(L.LightningModule):
         """Loss of one micro-batch, [] (a scalar)."""
         with self.strategy.routing(self.towers, batch, self.stage.name):
             output = self.strategy.loss(self.model, batch, self.stage)
+        if not output.loss.requires_grad:  # nothing in this batch reaches a trained parameter, for example no image
+            trained = (parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
+            output.loss = output.loss + sum(0.0 * value for value in trained)
         size = len(batch["id"])
         self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
         for name, value in output.parts.items():
@@ -139,7 +142,13 @@ class MCITModule(L.LightningModule):
         self.log("train/tokens", float(batch["num_tokens"]), batch_size=size)
         for name in ("shortened", "dropped"):
             self.log(
-                f"train/{name}", float(batch[name]), on_step=False, on_epoch=True, reduce_fx="sum", batch_size=size
+                f"train/{name}",
+                float(batch[name]),
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="sum",
+                sync_dist=True,
+                batch_size=size,
             )
         for group in self.trainer.optimizers[0].param_groups:
             self.log(f"lr/{group['name']}", group["lr"], batch_size=size)
@@ -162,6 +171,10 @@ class MCITModule(L.LightningModule):
         """AdamW with named groups; warm-up and decay over the optimizer steps of this stage."""
         tasks = self.stage.train
         task_lr = self.config.tasks[tasks[0]].lr if len(tasks) == 1 else None
+        if len(tasks) > 1 and any(self.config.tasks[task].lr for task in tasks) and self.global_rank == 0:
+            logger.warning(
+                "stage %s trains several tasks at once: optim.lr is used, not the tasks' own rates", self.stage.name
+            )
         optimizer = build_optimizer(self.named_parameters(), self._group_of, self.config.optim, task_lr=task_lr)
         schedule = build_schedule(optimizer, self.config.optim, self._stage_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

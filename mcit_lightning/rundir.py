@@ -61,6 +61,13 @@ class RunState:
         return len(self.steps)
 
 
+EVALUATE_AGAIN = (
+    "Delete state.json and results.json: finished stages are then evaluated again, but not trained again. "
+    "Or start over with overwrite=true"
+)
+"""Remedy for lost or damaged book-keeping; the checkpoints hold everything that was trained."""
+
+
 class RunDirectory:
     """Opens the directory of a run for starting or continuing it.
 
@@ -77,8 +84,12 @@ class RunDirectory:
         self._lock: IO[str] | None = None
         run_id = hashlib.sha256(to_yaml_without(config, MAY_CHANGE).encode()).hexdigest()[:12]
         if process_rank() == 0:
-            self._claim(config)
-        state = None if config.overwrite and process_rank() != 0 else self._read_state()
+            self._claim()
+        state = self._read_state(may_be_damaged=config.overwrite)
+        if config.overwrite and state is not None and (state.finished or state.run_id != run_id):
+            state = None
+        if config.overwrite and state is None and process_rank() == 0:
+            self._clear()
         if state is None:
             state = RunState(run_id)
             if process_rank() == 0:
@@ -107,6 +118,22 @@ class RunDirectory:
         path = self.stage_folder(stage) / "last.ckpt"
         return path if path.is_file() else None
 
+    def drop_incomplete(self, stages: list[Stage]) -> None:
+        """Forget finished stages from the first on whose checkpoint is gone; they, and what was built on them, are done again."""
+        for stage in stages[: self.state.stage]:
+            if self.final(stage) is None:
+                later = [s for s in stages[stage.index :] if not s.reset]
+                logger.warning(
+                    "%s has no final.ckpt: its stage and %d after it are done again", stage.folder, len(later) - 1
+                )
+                del self.state.steps[stage.index :]
+                if process_rank() == 0:
+                    for other in later:
+                        for name in ("final.ckpt", "last.ckpt"):
+                            (self.stage_folder(other) / name).unlink(missing_ok=True)
+                    self.save()
+                return
+
     @rank_zero_only
     def save(self) -> None:
         """Write `state.json`."""
@@ -118,8 +145,8 @@ class RunDirectory:
             self._lock.close()
             self._lock = None
 
-    def _claim(self, config: ExperimentConfig) -> None:
-        """Make the directory, lock it, and clear it if the user asked for that."""
+    def _claim(self) -> None:
+        """Make the directory and lock it."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / ".lock").open("w")
@@ -137,12 +164,14 @@ class RunDirectory:
             raise ValueError(
                 f"{self.root}: is not empty and holds no run ({foreign[0]}, ...); choose another with out=DIR"
             )
-        if config.overwrite:
-            for path in self.root.iterdir():
-                if _is_ours(path.name) and path.name != ".lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _read_state(self) -> RunState | None:
+    def _clear(self) -> None:
+        """Delete what a run has written, and nothing else."""
+        for path in self.root.iterdir():
+            if _is_ours(path.name) and path.name != ".lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _read_state(self, *, may_be_damaged: bool) -> RunState | None:
         path = self.root / "state.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +179,9 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: is damaged ({error}); start over with overwrite=true or use out=DIR") from error
+            if may_be_damaged:
+                return None
+            raise ValueError(f"{path}: is damaged ({error}). {EVALUATE_AGAIN}") from error
 
     def _changed(self, config: ExperimentConfig) -> str:
         """Message that names what differs from the configuration that the directory was started with."""
@@ -209,8 +240,10 @@ def _may_change(key: str, keys: tuple[str, ...]) -> bool:
 def disk_error(error: OSError) -> str:
     """One line for a file-system error, with the remedy."""
     place = f"{error.filename}: " if error.filename else ""
-    remedy = "Free space or fix the permissions and run the same command again: the run continues."
-    return f"{place}{error.strerror or error}. {remedy}"
+    text = f"{place}{error.strerror or error}."
+    if "out=DIR" in text:  # names its remedy already
+        return text
+    return f"{text} Free space or fix the permissions and run the same command again: the run continues."
 
 
 def process_rank() -> int:

@@ -5,11 +5,13 @@ The runner knows no algorithm. What must outlive a stage is in the module (struc
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from mcit_lightning.backbone import load_backbone
 from mcit_lightning.config import ExperimentConfig
@@ -19,7 +21,7 @@ from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
-from mcit_lightning.rundir import RunDirectory, read_checkpoint
+from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory, read_checkpoint
 from mcit_lightning.stages import Stage
 from mcit_lightning.validation import build_strategy
 
@@ -40,7 +42,8 @@ def run(config: ExperimentConfig) -> Results:
     try:
         return _Run(config, directory).execute()
     except OSError as error:
-        error.filename = error.filename or str(directory.root)  # a full disk does not always name the file
+        if not str(error.filename or "").startswith(str(directory.root)):
+            error.filename = str(directory.root)  # a full disk does not always name the file, or names a temporary one
         raise
     finally:
         directory.close()
@@ -52,26 +55,33 @@ class _Run:
     def __init__(self, config: ExperimentConfig, directory: RunDirectory) -> None:
         self.config, self.directory = config, directory
         L.seed_everything(config.seed, workers=True, verbose=False)
+        self.precision = resolve_precision(config.trainer)
+        self.find_unused = True
+        self.tensorboard = StageTensorBoardLogger(directory.root)
+        self._trainer(directory.root)  # wrong values under `trainer` or `callbacks` show before anything is loaded
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             target(root=Path(config.data.root), **kwargs)
-        self.precision = resolve_precision(config.trainer)
         strategy = build_strategy(config.strategy)
         self.stages = strategy.stages(config.order)
         backbone = load_backbone(config.backbone, precision=self.precision)
+        if self.stages:
+            strategy.plan(self.stages[0], backbone.towers)  # and so do targets that the model does not have
         self.module = MCITModule(backbone, strategy, config, directory.state.run_id)
         self.stream = ContinualDataModule(config, backbone.processor, self.stages)
+        # DDP must look for parameters without a gradient if a batch may come without any image, or the strategy routes
+        self.find_unused = not strategy.uses_all_parameters or self.stream.has_text_only()
         self.module.results = self._results()
-        self.tensorboard = StageTensorBoardLogger(directory.root)
 
     def execute(self) -> Results:
         """All stages that are not finished yet."""
         state = self.directory.state
         if not state.zero_shot and (self.config.zero_shot or not self.stages):
             self.stream.evaluate_only(self.config.order)
-            self._trainer(self.directory.root / "zero_shot").test(self.module, datamodule=self.stream, verbose=False)
+            self._test(self._trainer(self.directory.root / "zero_shot"))
             state.zero_shot = True
             self.directory.save()
+        self.directory.drop_incomplete(self.stages)
         for stage in self.stages[state.stage :]:
             self._restore(stage)
             steps = self._stage(stage)
@@ -87,73 +97,104 @@ class _Run:
         self.stream.stage = stage.index
         self.tensorboard.step_offset = sum(self.directory.state.steps)
         L.seed_everything(self.config.seed + stage.index, workers=True, verbose=False)
-        last, final = self.directory.last(stage), self.directory.final(stage)
+        last = self.directory.last(stage)
         trainer = self._trainer(self.directory.stage_folder(stage), self.stream.epochs(stage))
-        if final is None:
-            checkpoint = None if last is None else read_checkpoint(last)
-            self.tensorboard.resume_from(0 if checkpoint is None else checkpoint["global_step"])
-            if checkpoint is not None:
-                self.module.on_load_checkpoint(checkpoint)  # structure first: callbacks decide by it in their setup
-                logger.info("stage %s continues at step %d (%s)", stage.name, checkpoint["global_step"], last)
+        if self.directory.final(stage) is None:
+            step = 0
+            if last is not None:
+                checkpoint = self._read(
+                    last, stage, self.module.on_load_checkpoint
+                )  # structure before callbacks decide by it
+                step = checkpoint["global_step"]
+                logger.info("stage %s continues at step %d (%s)", stage.name, step, last)
+            self.tensorboard.resume_from(step)
             trainer.fit(self.module, datamodule=self.stream, ckpt_path=last)
-        trainer.test(self.module, datamodule=self.stream, verbose=False)
+            _stop_if_told(trainer)
+        self._test(trainer)
         final = self.directory.final(stage)
         assert final is not None, "StageCheckpoint writes final.ckpt at the end of training"
         return int(read_checkpoint(final)["global_step"])
 
+    def _test(self, trainer: L.Trainer) -> None:
+        trainer.test(self.module, datamodule=self.stream, verbose=False)
+        _stop_if_told(trainer)
+
     def _restore(self, stage: Stage) -> None:
         """Bring the module to the state in which the stage starts, or in which its evaluation does."""
-        final = self.directory.final(stage)
-        if stage.reset and final is None:
-            self.module.reset()
-            return
-        previous = self.directory.final(self.stages[stage.index - 1]) if stage.index > 0 else None
-        source = final or previous
-        if source is None or (len(self.module.structure) > 0 and final is None):
-            return  # the first stage, or the module has just trained the previous one
         if stage.reset:
             self.module.reset()
-        logger.info("restoring %s", source)
+        final = self.directory.final(stage)
+        if final is not None:  # killed after the training
+            self._read(final, stage, self.module.load_weights)
+        elif (
+            stage.index > 0 and not stage.reset and len(self.module.structure) == 0
+        ):  # not just trained in this process
+            previous = self.stages[stage.index - 1]
+            path = self.directory.final(previous)
+            assert path is not None, "finished stages have one"
+            self._read(path, previous, self.module.load_weights)
+
+    def _read(self, path: Path, stage: Stage, use: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Read a checkpoint of a stage and give it to the module; errors name the file and the remedy."""
+        checkpoint = read_checkpoint(path)
         try:
-            self.module.load_weights(read_checkpoint(source))
+            if checkpoint["mcit"].get("stage") != stage.name:
+                raise ValueError(f"is of stage {checkpoint['mcit'].get('stage')!r}, not of {stage.name!r}")
+            use(checkpoint)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise ValueError(
+                f"{path}: {error}. Put the right file there, or delete it: the stage is then done again"
+            ) from error
+        logger.info("read %s", path)
+        return checkpoint
 
     def _trainer(self, folder: Path, epochs: int = 1) -> L.Trainer:
-        """A fresh Trainer with fresh callbacks."""
-        callbacks = [build(**kwargs) for build, kwargs in self._callback_nodes()]
-        if not any(isinstance(callback, Checkpoint) for callback in callbacks):
-            raise ValueError("callbacks: none writes checkpoints; add {_target_: callbacks.StageCheckpoint}")
-        arguments: dict[str, Any] = {
-            "num_sanity_val_steps": 0,
-            "enable_model_summary": False,
-            **self.config.trainer,
-            "precision": self.precision,
-            "strategy": build_engine(self.config.trainer, find_unused=self._find_unused()),
-        }
-        if arguments.get("enable_progress_bar") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-        return L.Trainer(
-            **arguments,
-            callbacks=callbacks,
-            logger=self.tensorboard,
-            default_root_dir=folder,
-            max_epochs=epochs,
-            use_distributed_sampler=False,
-        )
+        """A fresh Trainer with fresh callbacks.
+
+        Raises:
+            ValueError: Lightning refuses a value of the `trainer` section, or a callback one of its arguments.
+        """
+        try:
+            callbacks = [target(**kwargs) for target, kwargs in self._callback_nodes()]
+            arguments: dict[str, Any] = {
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                **self.config.trainer,
+                "precision": self.precision,
+                "strategy": build_engine(self.config.trainer, find_unused=self.find_unused),
+            }
+            if arguments.get("enable_progress_bar") is False:
+                callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+            return L.Trainer(
+                **arguments,
+                callbacks=callbacks,
+                logger=self.tensorboard,
+                default_root_dir=folder,
+                max_epochs=epochs,
+                use_distributed_sampler=False,
+            )
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"trainer or callbacks: a value is refused: {text}") from error
 
     def _callback_nodes(self) -> list[tuple[Any, dict[str, Any]]]:
         return [split_node(node, f"callbacks[{index}]") for index, node in enumerate(self.config.callbacks)]
 
-    def _find_unused(self) -> bool:
-        """DDP must look for parameters without a gradient if a batch may come without any image, or the strategy routes."""
-        return not self.module.strategy.uses_all_parameters or self.stream.has_text_only()
-
     def _results(self) -> Results:
-        """The results so far, or empty ones."""
-        config = self.config
-        if (self.directory.root / "results.json").is_file() and not config.overwrite:
-            return Results.load(self.directory.root)
+        """The results so far, or empty ones.
+
+        Raises:
+            ValueError: stages are finished but their results are lost or damaged.
+        """
+        config, state = self.config, self.directory.state
+        path = self.directory.root / "results.json"
+        if path.is_file():
+            try:
+                return Results.load(self.directory.root)
+            except ValueError as error:
+                raise ValueError(f"{str(error).rstrip('.')}. {EVALUATE_AGAIN}") from error
+        if state.steps or state.zero_shot:
+            raise ValueError(f"{path}: is missing, but {len(state.steps)} stages are finished. {EVALUATE_AGAIN}")
         return Results(
             experiment=config.name,
             strategy=str(config.strategy["name"]),
@@ -162,3 +203,9 @@ class _Run:
             tasks=list(config.order),
             metrics={name: config.tasks[name].metric for name in config.order},
         )
+
+
+def _stop_if_told(trainer: L.Trainer) -> None:
+    """A SIGTERM that came with the last batch: Lightning has noted it, but only acts at the next."""
+    if trainer.received_sigterm:
+        raise SIGTERMException

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,6 +26,9 @@ RUNNER_SETS = {
     "max_steps": "use tasks.<name>.epochs or data.limit_train",
     "max_time": "stop the run and start the same command again instead",
     "use_distributed_sampler": "the data module shards by itself",
+    "fast_dev_run": "use data.limit_train and data.limit_test; the run would count as finished",
+    "overfit_batches": "use data.limit_train",
+    "barebones": "the run needs its logger and checkpoints",
 }
 """Trainer arguments that the runner sets per stage, and what to use instead."""
 
@@ -45,12 +49,7 @@ def validate(config: ExperimentConfig, source: str) -> None:
     try:
         _tasks(config)
         _ranges(config)
-        build_strategy(config.strategy)
-        for index, node in enumerate(config.callbacks):
-            target, kwargs = split_node(node, f"callbacks[{index}]")
-            if not (inspect.isclass(target) and issubclass(target, L.Callback)):
-                raise ValueError(f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback")
-            check_arguments(target, kwargs, f"callbacks[{index}]")
+        _callbacks(config, build_strategy(config.strategy))
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))
@@ -80,12 +79,35 @@ def build_strategy(node: Mapping[str, Any]) -> ContinualStrategy:
                 f"strategy.{key} (value {value!r}): unknown hyper-parameter of {name!r}. {nearest(key, known)}"
             )
     try:
-        hyper = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls.Config), values))
+        hyper = OmegaConf.structured(cls.Config)
+        for key, value in values.items():
+            OmegaConf.update(
+                hyper, key, value, merge=False
+            )  # a mapping replaces the default one: targets are not added to it
+        hyper = OmegaConf.to_object(hyper)
     except OmegaConfBaseException as error:
         raise ValueError(f"strategy.{error.full_key or ''}: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         raise ValueError(f"strategy: {error}") from error
     return cls(hyper)
+
+
+def _callbacks(config: ExperimentConfig, strategy: ContinualStrategy) -> None:
+    classes: list[type] = []
+    for index, node in enumerate(config.callbacks):
+        target, kwargs = split_node(node, f"callbacks[{index}]")
+        if not (inspect.isclass(target) and issubclass(target, L.Callback)):
+            raise ValueError(f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback")
+        check_arguments(target, kwargs, f"callbacks[{index}]")
+        classes.append(target)
+    if not any(issubclass(cls, Checkpoint) for cls in classes):
+        raise ValueError("callbacks: none writes checkpoints; add {_target_: callbacks.StageCheckpoint}")
+    if not any(getattr(cls, "fills_matrix", False) for cls in classes):
+        raise ValueError("callbacks: none fills the accuracy matrix; add {_target_: callbacks.BackwardTransfer}")
+    names = {base.__name__ for cls in classes for base in cls.__mro__}
+    for needed in strategy.required_callbacks():
+        if needed not in names:
+            raise ValueError(f"callbacks: strategy {config.strategy['name']!r} needs {{_target_: callbacks.{needed}}}")
 
 
 def _tasks(config: ExperimentConfig) -> None:
@@ -136,6 +158,10 @@ def _ranges(config: ExperimentConfig) -> None:
             raise ValueError(f"{key}: is {value}, must be greater than 0")
     if not 0 < config.data.fraction <= 1:
         raise ValueError(f"data.fraction: is {config.data.fraction}, must be in (0, 1]")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed: is {config.seed}, must be in [0, 2^32)")
+    if len(config.optim.betas) != 2 or not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ValueError(f"optim.betas: is {list(config.optim.betas)}, must be two numbers in [0, 1)")
     if not 0 <= config.optim.warmup_ratio <= 1:
         raise ValueError(f"optim.warmup_ratio: is {config.optim.warmup_ratio}, must be in [0, 1]")
     if config.data.num_workers < 0 or config.optim.weight_decay < 0:
@@ -151,6 +177,9 @@ def _trainer(node: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"trainer.{key} (value {value!r}): unknown argument of lightning.Trainer. {nearest(key, known)}"
             )
+    accumulate = node.get("accumulate_grad_batches", 1)
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches: is {accumulate!r}, must be a whole number of at least 1")
     engine = str(node.get("strategy", "auto"))
     for refused, reason in REFUSED_ENGINES.items():
         if (

@@ -31,7 +31,9 @@ BRANCH = "strategy={name: branchlora, rank: 8, alpha: 16, experts: 4, top_k: 2}"
 @pytest.fixture
 def experiment(smoke_root: Path) -> Callable[..., ExperimentConfig]:
     def make(*overrides: str) -> ExperimentConfig:
-        return load_config(experiments_dir() / "smoke.yaml", [f"data.root={smoke_root}", "prepare=null", *overrides])
+        return load_config(
+            experiments_dir() / "branchlora_smoke.yaml", [f"data.root={smoke_root}", "prepare=null", *overrides]
+        )
 
     return make
 

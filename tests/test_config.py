@@ -33,7 +33,7 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     assert config.tasks["colours"].epochs == 7
     assert config.tasks["colours"].train == "colours/train.json"
     assert config.order == ["shapes", "colours"]
-    assert config.trainer["devices"] == 2 and config.trainer["precision"] == "auto"
+    assert config.trainer["devices"] == 2 and config.trainer["precision"] == "32-true"
 
 
 def test_order_defaults_to_the_tasks_as_written(tmp_path: Path) -> None:

@@ -190,7 +190,9 @@ def test_strategies_share_one_contract(experiment: Callable[..., ExperimentConfi
     from mcit_lightning.strategies import STRATEGIES
 
     for name in STRATEGIES:
-        module = build(experiment(f"strategy={{name: {name}}}"))
+        config = experiment()
+        config.strategy = {"name": name}
+        module = build(config)
         for stage in module.strategy.stages(["colours", "shapes"]):
             before = set(module.state_dict())
             plan = module.strategy.plan(stage, module.towers)

@@ -258,7 +258,9 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_error(
 def test_a_damaged_state_is_one_clear_error(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.json").write_text("{")
-    with pytest.raises(ValueError, match=r"state\.json: is damaged.*overwrite=true"):
+    with pytest.raises(
+        ValueError, match=r"state\.json: is damaged.*Delete state.json and results.json.*overwrite=true"
+    ):
         run(experiment(tmp_path / "run"))
 
 

@@ -21,9 +21,10 @@ class TrainCollator:
     * `positions` [N]: index `b * L + (l - 1)` of the hidden state, flattened over [B, L], that predicts `targets[n]`;
     * `rows` [N]: the batch row `b` of each target;
     * `task`, `id`: one string per row; `num_images`: images of each row; `num_tokens`: tokens without padding;
-    * `shortened`, `dropped`: rows that lost the end of their text, and rows that lost every answer token or whose
-      prompt alone is too long, which therefore have no target; `cut`: the same two numbers by task, for tasks that have
-      any.
+    * `index`: row number in the task's file; `length`: tokens of each row before it was cut; `cut`: None for a whole row,
+      `shortened` for one that lost the end of its text, `dropped` for one that lost every answer token or whose prompt
+      alone is too long, and which therefore has no target;
+    * `shortened`, `dropped`: how many rows of each kind.
 
     A row longer than `max_length` loses the end of its text. Image tokens stay even if they alone are longer.
 
@@ -40,12 +41,12 @@ class TrainCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The batch of `samples`. Raises ValueError for an image that cannot be read."""
         rows, others = self.encoder.encode(samples, [sample.turns for sample in samples])
-        cut: dict[str, dict[str, int]] = {}
-        for sample, row in zip(samples, rows, strict=True):
+        lengths = [len(row) for row in rows]
+        cut: list[str | None] = [None] * len(rows)
+        for number, row in enumerate(rows):
             if len(row) > self.max_length:
                 row.cut(max(self.max_length, self.encoder.end_of_images(row)))
-                counts = cut.setdefault(sample.task, {"shortened": 0, "dropped": 0})
-                counts["shortened" if any(row.is_target) else "dropped"] += 1
+                cut[number] = "shortened" if any(row.is_target) else "dropped"
         length = max(map(len, rows))
         marks = [(b, at) for b, row in enumerate(rows) for at, target in enumerate(row.is_target) if target]
         return {
@@ -55,10 +56,12 @@ class TrainCollator:
             "rows": torch.tensor([b for b, _ in marks], dtype=torch.long),
             "task": [sample.task for sample in samples],
             "id": [sample.id for sample in samples],
+            "index": [sample.row for sample in samples],
             "num_images": [len(sample.images) for sample in samples],
             "num_tokens": sum(map(len, rows)),
-            "shortened": sum(counts["shortened"] for counts in cut.values()),
-            "dropped": sum(counts["dropped"] for counts in cut.values()),
+            "length": lengths,
+            "shortened": cut.count("shortened"),
+            "dropped": cut.count("dropped"),
             "cut": cut,
         }
 

@@ -8,10 +8,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mcit_lightning.config import ExperimentConfig, TaskConfig
 from mcit_lightning.data.collate import EvalCollator, TrainCollator
+from mcit_lightning.data.cuts import CutLog
 from mcit_lightning.data.records import Sample, Split, did_you_mean
 from mcit_lightning.data.sampler import EvalSlice, StageLoader, StageSampler, derive_seed, init_worker
 from mcit_lightning.data.splits import TaskSplit, open_split
@@ -68,8 +70,9 @@ class ContinualDataModule(L.LightningDataModule):
         self._index = 0
         self._explicit: list[str] | None = None
         self._splits: dict[tuple[str, Split], TaskSplit] = {}
-        self._cut: dict[str, dict[str, int]] = {}
         self.check()
+        self._cuts = self._new_cuts()
+        self._warn_of_batch_sizes()
 
     def check(self) -> None:
         """Open every split that the run needs: training data of trained tasks, tests of all, validation where named.
@@ -99,6 +102,7 @@ class ContinualDataModule(L.LightningDataModule):
             raise ValueError(f"There is no stage {index}; the run has {len(self.stages)}, counted from 0.")
         self._index = index
         self._explicit = None
+        self._cuts = self._new_cuts()
 
     @property
     def task(self) -> str:
@@ -168,7 +172,7 @@ class ContinualDataModule(L.LightningDataModule):
         return StageLoader(
             dataset,
             sampler,
-            observe=self._count_cuts,
+            observer=self._cuts,
             epoch_batches=self._epoch_batches(-(-len(sampler) // sampler.batch_size)),
             collate_fn=self.train_collator,
             **self._loader_options(),
@@ -200,16 +204,24 @@ class ContinualDataModule(L.LightningDataModule):
         return any(split.text_only for (_, kind), split in self._splits.items() if kind == "train")
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Per task: rows in use by split, and training samples shortened or dropped so far.
+        """Per task: rows in use by split, and how many training rows the current stage has shortened or dropped.
 
-        The last two count every time this process met such a sample since it started.
+        The last two count each row once, over epochs, interruptions and, since the last epoch's end, all processes.
         """
         report: dict[str, dict[str, int]] = {}
         for (task, split), samples in self._splits.items():
-            report.setdefault(task, {"shortened": 0, "dropped": 0})[f"{split}_rows"] = len(samples)
-        for task, counts in self._cut.items():
-            report[task].update(counts)
+            report.setdefault(task, self._cuts.counts(task))[f"{split}_rows"] = len(samples)
         return report
+
+    def check_trained(self) -> None:
+        """At the end of a stage's training: bring `report` up to date. Collective.
+
+        The train loader does this at every epoch's end; a training that stops inside an epoch (`max_steps`) needs it.
+
+        Raises:
+            ValueError: no sample of a task had an answer token left, so it has trained on nothing.
+        """
+        self._cuts.end_epoch()
 
     def _eval_loader(self, dataset: Dataset[Sample], lengths: np.ndarray, collator: Any) -> DataLoader[Any]:
         return DataLoader(
@@ -241,17 +253,31 @@ class ContinualDataModule(L.LightningDataModule):
         limit = 1.0 if self.trainer is None else self.trainer.limit_train_batches
         return limit if isinstance(limit, int) else int(batches * (limit or 1.0))
 
-    def _count_cuts(self, batch: dict[str, Any]) -> None:
-        for task, counts in batch["cut"].items():
-            if task not in self._cut:
+    def _new_cuts(self) -> CutLog:
+        tasks = self.stage.train if self.stages else ()
+        return CutLog(
+            {task: self._splits[task, "train"].total for task in tasks},
+            max_length=self.config.data.max_length,
+            largest=self._largest,
+        )
+
+    def _largest(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over the processes; collective."""
+        if self.trainer is None or self._world_size == 1:
+            return values
+        strategy = self.trainer.strategy
+        return strategy.reduce(values.to(strategy.root_device, copy=True), reduce_op="max")
+
+    def _warn_of_batch_sizes(self) -> None:
+        for stage in self.stages:
+            sizes = {task: self._task(task).batch_size or self.config.data.batch_size for task in stage.train}
+            if len(set(sizes.values())) > 1:
                 logger.warning(
-                    "Task %s has training samples above data.max_length=%d tokens: the end of their text is cut off.",
-                    task,
-                    self.config.data.max_length,
+                    "Stage %s trains on several tasks at once, whose batch sizes differ (%s): it uses data.batch_size=%d.",
+                    stage.name,
+                    ", ".join(f"{task}: {size}" for task, size in sizes.items()),
+                    self.config.data.batch_size,
                 )
-            total = self._cut.setdefault(task, {"shortened": 0, "dropped": 0})
-            for name, count in counts.items():
-                total[name] += count
 
     def _task(self, task: str) -> TaskConfig:
         assert task in self.config.tasks, f"loading checks that {task!r} is in `tasks`"

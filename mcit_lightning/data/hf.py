@@ -42,7 +42,8 @@ class DatasetImage:
         return value if self.position is None else value[self.position]
 
     def __str__(self) -> str:
-        return f"column {self.column!r}, row {self.row + 1}"
+        which = "" if self.position is None else f", picture {self.position + 1}"
+        return f"in column {self.column!r}, row {self.row + 1}{which}"
 
 
 class DatasetRows:
@@ -113,8 +114,8 @@ def read_dataset(
 
     Args:
         name: a file, a folder (written by `save_to_disk` or holding data files) relative to `root`, or a hub name.
-            `@SPLIT` at the end names the split (default `train`, `validation`, `test`); a hub name may have `:CONFIG`
-            before it.
+            `@SPLIT` at the end names the split (default `train`, `validation`, `test`; a file and the folder of a single
+            dataset have none); a hub name may have `:CONFIG` before it.
         root: `data.root`.
         columns: our field name to the dataset's column.
         key: the configuration key, for messages.
@@ -122,15 +123,22 @@ def read_dataset(
         visit: sees each row once.
 
     Raises:
-        ValueError: the library is missing, the dataset cannot be opened, or a column is unknown.
+        ValueError: the library is missing, the dataset cannot be opened, it has no such split, or a column is unknown.
     """
     try:
         import datasets
     except ImportError:
         raise ValueError(f"{key}: format hf needs the package `datasets`. Install it: pip install datasets") from None
-    base, _, chosen = name.partition("@")
-    chosen = chosen or SPLITS[split]
+    base, _, asked = name.partition("@")
+    chosen = asked or SPLITS[split]
     local = root / base
+    # A file, or a folder that `save_to_disk` wrote of one dataset.
+    single = local.is_file() or (local / "state.json").is_file()
+    if single and asked:
+        raise ValueError(
+            f"{key}: {name!r} asks for the split {asked!r}, but {local} is one dataset without splits, so every split "
+            f"would read the same rows. Name one file or folder per split, without `@{asked}`."
+        )
     try:
         dataset = _open(datasets, base, local, chosen)
     except Exception as error:  # the library raises a dozen kinds
@@ -138,17 +146,25 @@ def read_dataset(
             f"{key}: the dataset {name!r} cannot be opened: {error} Correct {key}: a path relative to data.root or a "
             f"hub name, with `@SPLIT` at its end where the split is not {SPLITS[split]!r}."
         ) from error
-    rows = DatasetRows(dataset, columns, source=f"{local if local.exists() else base}@{chosen}", key=key, split=split)
+    if isinstance(dataset, dict):
+        if chosen not in dataset:
+            raise ValueError(
+                f"{key}: the dataset {base!r} has no split {chosen!r}. It has: {', '.join(dataset)}."
+                f"{did_you_mean(chosen, dataset)} Name one of them: {base}@SPLIT."
+            )
+        dataset = dataset[chosen]
+    source = str(local if local.exists() else base) + ("" if single else f"@{chosen}")
+    rows = DatasetRows(dataset, columns, source=source, key=key, split=split)
     rows.visit_all(visit)
     return rows
 
 
 def _open(datasets: Any, base: str, local: Path, split: str) -> Any:
+    """The dataset, or all splits of one that `save_to_disk` wrote."""
     if local.is_file():
         return datasets.load_dataset(BUILDERS[local.suffix.lower()], data_files=str(local), split="train")
     if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
-        loaded = datasets.load_from_disk(str(local))
-        return loaded[split] if isinstance(loaded, dict) else loaded
+        return datasets.load_from_disk(str(local))
     if local.is_dir():
         return datasets.load_dataset(str(local), split=split)
     repository, _, config = base.partition(":")

@@ -2,7 +2,7 @@
 
 import os
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mcit_lightning.data.records import ImageSource, Sample
 
@@ -53,6 +53,8 @@ def load_image(source: ImageSource, sample: Sample) -> Image.Image:
         with Image.open(source) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib and struct errors
+        # PIL names the file, which inside a dataset is an object in memory.
+        reason = "not a known picture format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{sample.place}: the image {source} cannot be read: {error}. Replace the file or remove the row."
+            f"{sample.place}: the image {source} cannot be read: {reason}. Replace the file or remove the row."
         ) from error

@@ -2,8 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -109,6 +109,26 @@ class EvalSlice(Sampler[int]):
         return iter(self.indices)
 
 
+class Observer(Protocol):
+    """Looks on while a loader hands out an epoch; its state is part of the loader's."""
+
+    def observe(self, batch: Mapping[str, Any]) -> None:
+        """See a batch in the training process before it is handed out."""
+        ...
+
+    def end_epoch(self) -> None:
+        """Called after the epoch's last batch was seen and before it is handed out, on every rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; called on every rank."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        ...
+
+
 class StageLoader(DataLoader[Any]):
     """A training loader that resumes inside an epoch and draws no index before the sampler knows its epoch.
 
@@ -118,7 +138,7 @@ class StageLoader(DataLoader[Any]):
     Args:
         dataset: the stage's samples.
         sampler: decides their order; its batch size is the loader's.
-        observe: sees every batch in this process before it is handed out.
+        observer: sees every batch in this process before it is handed out.
         epoch_batches: batches of one epoch if the trainer stops an epoch before the loader ends
             (`limit_train_batches`).
         **kwargs: as for `DataLoader`.
@@ -129,7 +149,7 @@ class StageLoader(DataLoader[Any]):
         dataset: Dataset[Any],
         sampler: StageSampler,
         *,
-        observe: Callable[[dict[str, Any]], None] | None = None,
+        observer: Observer | None = None,
         epoch_batches: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -144,7 +164,7 @@ class StageLoader(DataLoader[Any]):
         self.order = sampler
         self.done = 0
         """Batches of the current epoch that were handed out."""
-        self._observe = observe
+        self._observer = observer
         self._epoch_batches = min(epoch_batches or len(self), len(self))
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
@@ -154,13 +174,16 @@ class StageLoader(DataLoader[Any]):
         self.done = self.order.skip // self.order.batch_size
         for batch in super().__iter__():
             self.done += 1
-            if self._observe is not None:
-                self._observe(batch)
+            if self._observer is not None:
+                self._observer.observe(batch)
+                if self.done == self._epoch_batches:
+                    self._observer.end_epoch()
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches done in this epoch (0 at its end) and what the count depends on."""
-        return {"done": self.done % self._epoch_batches, **self._layout()}
+        """Batches done in this epoch (0 at its end), what the count depends on, and the observer's state."""
+        state = {"done": self.done % self._epoch_batches, **self._layout()}
+        return state if self._observer is None else {**state, "observer": self._observer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next iteration after the batches that are done.
@@ -176,6 +199,8 @@ class StageLoader(DataLoader[Any]):
                     "with overwrite=true."
                 )
         self.order.skip = state["done"] * self.order.batch_size
+        if self._observer is not None:
+            self._observer.load_state_dict(state.get("observer", {}))
 
     def _layout(self) -> dict[str, Any]:
         return {

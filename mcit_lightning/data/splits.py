@@ -107,6 +107,11 @@ def open_split(data: DataConfig, task: str, config: TaskConfig, split: Split, se
         check.source = name
         rows = read_dataset(name, Path(root), config.columns, key, split, check)
     else:
+        if config.columns:
+            raise ValueError(
+                f"tasks.{task}.columns is set, but {key} ({name}) is read as {kind}, whose keys are fixed. Remove "
+                f"`columns`, or set tasks.{task}.format to hf."
+            )
         path = Path(root, name)
         check.source = str(path)
         rows = read_file(path, kind, key, check)

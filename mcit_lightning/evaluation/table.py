@@ -10,7 +10,9 @@ from mcit_lightning.evaluation.results import CostRow, Results
 
 
 def stage_table(results: Results) -> Group:
-    """The accuracy matrix so far with coloured cells, the summaries below it, and the cost of the last stage."""
+    """The accuracy matrix so far with coloured cells, the summaries below it, and the cost of the last stage.
+
+    Summaries and cost fit 80 columns."""
     parts: list[RenderableType] = [_matrix(results), _summary(results)]
     if cost := [entry for entry in results.cost if entry.row == results.matrix.last_row()]:
         parts.append(_cost(cost[-1]))
@@ -44,22 +46,22 @@ def _cell(score: float | None, *, bold: bool = False) -> Text:
 
 
 def _summary(results: Results) -> Text:
-    text = Text()
-    for name, value in results.summary.items():
-        if value is not None:
-            text.append(f"{name} ", style="dim").append(f"{number_text(value, digits=2)}  ", style="bold")
-    return text
+    values = {name: number_text(value, digits=2) for name, value in results.summary.items() if value is not None}
+    return _line(values, style="bold")
 
 
 def _cost(cost: CostRow) -> Text:
-    values = {
-        "trainable": count_text(cost.trainable_params),
-        "stored": count_text(cost.stored_params),
+    parameters = {
+        "trainable parameters": count_text(cost.trainable_params),
+        "stored parameters": count_text(cost.stored_params),
+    }
+    work = {
         "training": seconds_text(cost.train_seconds),
         "evaluation": seconds_text(cost.eval_seconds),
         "peak memory": bytes_text(cost.peak_memory_bytes),
     }
-    text = Text()
-    for name, value in values.items():
-        text.append(f"{name} ", style="dim").append(f"{value}  ")
-    return text
+    return Text("\n").join([_line(parameters), _line(work)])
+
+
+def _line(values: dict[str, str], style: str = "") -> Text:
+    return Text("  ").join(Text.assemble((f"{name} ", "dim"), (value, style)) for name, value in values.items())

@@ -33,6 +33,8 @@ FLAGS = {
     "Egypt": "eg", "France": "fr", "Germany": "de", "Greece": "gr", "India": "in", "Israel": "il", "Italy": "it",
     "Japan": "jp", "Kenya": "ke", "Nigeria": "ng", "Sweden": "se", "Turkey": "tr", "Ukraine": "ua",
 }  # fmt: skip
+# The countries that the task asks for; the projector's alignment leaves out all of the above.
+ASKED = ("Brazil", "Canada", "Cuba", "France", "Greece", "India", "Japan", "Sweden", "Turkey", "Ukraine")
 FLAGS_QUESTION = "Which country has this flag? Answer with one word."
 
 TWEMOJI_LICENCE = "CC BY 4.0 (Twemoji)"
@@ -116,7 +118,8 @@ def kinds(size: int, counts: Mapping[str, int], seed: int) -> Task:
 def flags(size: int, counts: Mapping[str, int], seed: int) -> Task:
     """Which country a flag belongs to; the test flags are drawn in another style."""
     drawings = {}
-    for country, code in FLAGS.items():
+    for country in ASKED:
+        code = FLAGS[country]
         points = "-".join(f"{0x1F1E6 + ord(letter) - ord('a'):X}" for letter in code)
         emoji = Emoji(country, "Flags", points)
         twemoji = emoji.twemoji()
@@ -125,7 +128,7 @@ def flags(size: int, counts: Mapping[str, int], seed: int) -> Task:
     for split in SPLITS:
         rng = random.Random(f"{seed}/flags/{split}")
         samples = []
-        for country in balanced(list(FLAGS), counts[split], rng):
+        for country in balanced(list(ASKED), counts[split], rng):
             picture = place(drawings[country][split], size, rng, pale(rng))
             samples.append(Sample(picture, FLAGS_QUESTION, country))
         splits[split] = samples

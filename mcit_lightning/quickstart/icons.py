@@ -38,6 +38,8 @@ WORDS = {
     "star": ("star",),
     "umbrella": ("umbrella",),
 }
+# The words that the task asks for; the projector's alignment leaves out all of the above. Ten are learnt in a quickstart's steps.
+ASKED = ("anchor", "bell", "bicycle", "camera", "cloud", "heart", "house", "key", "star", "umbrella")
 QUESTION = "What is shown in this picture? Answer with one word."
 
 # Fonts of the training pictures, and the one whose drawings only the test shows. Both styles, filled and outlined.
@@ -88,9 +90,9 @@ def icons(size: int, counts: Mapping[str, int], seed: int) -> Task:
     for split in SPLITS:
         rng = random.Random(f"{seed}/icons/{split}")
         source = unseen if split == "test" else seen
-        pools = {word: [glyph for glyph in source if shows(glyph, word)] for word in WORDS}
+        pools = {word: [glyph for glyph in source if shows(glyph, word)] for word in ASKED}
         samples = []
-        for word in balanced(list(WORDS), counts[split], rng):
+        for word in balanced(list(ASKED), counts[split], rng):
             picture = place(rng.choice(pools[word]).draw(dark(rng)), size, rng, pale(rng), scale=(0.6, 0.9))
             samples.append(Sample(picture, QUESTION, word))
         splits[split] = samples

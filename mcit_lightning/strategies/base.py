@@ -45,6 +45,10 @@ class ContinualStrategy(nn.Module):
         """The training stages of a task sequence; default: one per task, in order."""
         return sequential_stages(tasks)
 
+    def required_callbacks(self) -> tuple[str, ...]:
+        """Names of the callbacks without which this configuration would silently be another method."""
+        return ()
+
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
         """Decide what the stage adds to the model, without side effects.
 

@@ -97,6 +97,10 @@ class BranchLoRA(MoELoRA):
         """Continue to count where the checkpoint stopped."""
         self._steps = int(state)
 
+    def required_callbacks(self) -> tuple[str, ...]:
+        """`BranchFreeze`, where branches are to freeze."""
+        return ("BranchFreeze",) if self.config.freeze_branches else ()
+
     def trunk(self, index: int) -> str:
         """The shared trunk, or a branch's own A."""
         return "trunk" if self.config.shared_trunk else super().trunk(index)

@@ -22,6 +22,8 @@ class LoRAConfig(StrategyConfig):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank: is {self.rank}, must be at least 1")
+        if not any(self.targets.values()):
+            raise ValueError(f"targets: is {self.targets}, must name linears of at least one tower")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: is {self.dropout}, must be in [0, 1)")
 
