@@ -58,7 +58,7 @@ def test_targets_are_exactly_the_answers(smoke_processor: Any, samples: list[Sam
     assert torch.equal((ids == smoke_processor.image_token_id).sum(1), torch.tensor([1, 0, 2]) * IMAGE_TOKENS)
     assert batch["num_tokens"] == int(batch["inputs"]["attention_mask"].sum())
     assert (batch["task"], batch["id"]) == (["colours", "chat", "counts"], ["a", "b", "c"])
-    assert (batch["shortened"], batch["dropped"], batch["cut"]) == (0, 0, {})
+    assert (batch["shortened"], batch["dropped"], batch["cut"]) == (0, 0, [None] * 3)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -127,7 +127,8 @@ def test_long_rows_lose_the_end_of_their_text(smoke_processor: Any, model: Any, 
     lengths = whole["inputs"]["attention_mask"].sum(1).tolist()
     batch = collator(smoke_processor, max_length=lengths[1] - 2)(samples)
     assert (batch["shortened"], batch["dropped"]) == (1, 1)
-    assert batch["cut"] == {"chat": {"shortened": 1, "dropped": 0}, "counts": {"shortened": 0, "dropped": 1}}
+    assert batch["cut"] == [None, "shortened", "dropped"]
+    assert batch["length"] == lengths
     kept = whole["targets"][whole["rows"] == 1][:-2]
     assert torch.equal(batch["targets"][batch["rows"] == 1], kept)
     assert set(batch["rows"].tolist()) == {0, 1}

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from mcit_lightning.loading import experiments_dir, find_experiment, load_config, to_yaml
+from mcit_lightning.validation import build_strategy
 
 SMOKE = experiments_dir() / "smoke.yaml"
 
@@ -68,6 +69,16 @@ def test_order_defaults_to_the_tasks_as_written(tmp_path: Path) -> None:
         ("callbacks=[{_target_: nowhere.Thing}]", ["callbacks[0]", "nowhere"]),
         ("callbacks=[{_target_: pathlib.Path}]", ["callbacks[0]", "pathlib.Path", "Callback"]),
         ("seed", ["'seed'", "key=value"]),
+        ("seed=-1", ["seed", "-1"]),
+        ("optim.betas=[1.5,0.9]", ["optim.betas", "1.5"]),
+        ("trainer.accumulate_grad_batches=0", ["trainer.accumulate_grad_batches", "0"]),
+        ("trainer.fast_dev_run=true", ["trainer.fast_dev_run", "data.limit_train"]),
+        ("strategy.targets={}", ["targets"]),
+        ("callbacks=[{_target_: callbacks.BackwardTransfer}]", ["callbacks.StageCheckpoint"]),
+        ("callbacks=[{_target_: callbacks.StageCheckpoint}]", ["callbacks.BackwardTransfer"]),
+        ("strategy={name: branchlora}", ["'branchlora'", "callbacks.BranchFreeze"]),
+        ("imports=[nowhere_to_be_found]", ["imports", "'nowhere_to_be_found'", "PYTHONPATH"]),
+        ("tasks={my/task: {train: a, test: b}}", ["tasks.my/task"]),
         ("order=[colours", ["order=[colours"]),
     ],
 )
@@ -84,6 +95,7 @@ def test_a_wrong_override_is_named_with_its_remedy(override: str, parts: list[st
         ("name: x\nbase: gone.yaml", ["gone.yaml", "base:"]),
         ("base: x.yaml", ["cycle"]),
         ("name: [", ["x.yaml", "YAML"]),
+        ("name: x\nname: y", ["duplicate", "name"]),
         ("- a\n- b", ["mapping"]),
         ("base: 3", ["base:"]),
         ("name: x\nbakcbone: {id: a}", ["bakcbone", "'backbone'"]),
@@ -109,3 +121,25 @@ def test_experiments_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     assert find_experiment("experiments/smoke.yaml").name == "smoke.yaml"
     with pytest.raises(ValueError, match=r"no experiment 'smok'.*Did you mean 'smoke'"):
         find_experiment("smok")
+    with pytest.raises(ValueError, match="no experiment"):  # not the shipped one of the same name
+        find_experiment("/some/where/else/smoke.yaml")
+
+
+def test_given_targets_replace_the_default_ones() -> None:
+    config = load_config(SMOKE, ["strategy.targets={vision: [q_proj]}"])
+    assert build_strategy(config.strategy).config.targets == {"vision": ["q_proj"]}
+
+
+def test_a_strategy_of_the_users_own_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file that the README shows."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = readme.split("```python", 1)[1].split("```", 1)[0]
+    write(tmp_path, "fresh_lora.py", code)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = load_config(SMOKE, ["imports=[fresh_lora]", "strategy={name: fresh_lora, rank: 2}"])
+    assert type(build_strategy(config.strategy)).__name__ == "FreshLoRA"
+
+
+def test_hyper_parameters_of_a_bases_other_strategy_are_left_behind(tmp_path: Path) -> None:
+    path = write(tmp_path, "x.yaml", f"base: {SMOKE}\nname: x\nstrategy: {{name: moelora, rank: 8}}\n")
+    assert load_config(path).strategy == {"name": "moelora", "rank": 8}

@@ -275,8 +275,49 @@ def test_dataset_folder_with_decoded_images(tmp_path: Path) -> None:
         open_one(tmp_path, "set", format="hf", columns={"question": "querry"})
     with pytest.raises(ValueError, match=r"tasks\.vqa\.columns: unknown field 'prompt'"):
         open_one(tmp_path, "set", format="hf", columns={"prompt": "query"})
-    with pytest.raises(ValueError, match=r"tasks\.vqa\.train: the dataset 'set@dev' cannot be opened"):
-        open_one(tmp_path, "set@dev", format="hf", columns=mapping)
+    with pytest.raises(
+        ValueError, match=r"train: the dataset 'set' has no split 'trn'. It has: train, validation\. Did"
+    ):
+        open_one(tmp_path, "set@trn", format="hf", columns=mapping)
+    with pytest.raises(ValueError, match=r"tasks\.vqa\.train: the dataset 'none@dev' cannot be opened"):
+        (tmp_path / "none").mkdir()
+        open_one(tmp_path, "none@dev", format="hf", columns=mapping)
+
+
+def test_a_single_dataset_has_no_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    dataset = datasets.Dataset.from_dict({"question": ["a?"], "answer": ["x"]})
+    dataset.save_to_disk(str(tmp_path / "set"))
+    dataset.to_parquet(str(tmp_path / "a.parquet"))
+    for name in ("set", "a.parquet"):
+        assert len(open_one(tmp_path, name, "test", format="hf")) == 1
+        with pytest.raises(ValueError, match=rf"tasks\.vqa\.test: '{name}@test' .* one dataset without splits"):
+            open_one(tmp_path, f"{name}@test", "test", format="hf")
+
+
+def test_a_corrupt_picture_in_a_dataset_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    columns = {"question": ["a?"], "answer": ["x"]}
+    one, several = {"bytes": b"no picture", "path": None}, datasets.List(datasets.Image())
+    for name, value, feature, said in (
+        ("a", one, datasets.Image(), r"in column 'image', row 1 cannot"),
+        ("b", [one], several, r"in column 'image', row 1, picture 1 cannot"),
+    ):
+        dataset = datasets.Dataset.from_dict({**columns, "image": [value]}).cast_column("image", feature)
+        dataset.to_parquet(str(tmp_path / f"{name}.parquet"))
+        split = open_one(tmp_path, f"{name}.parquet")
+        with pytest.raises(ValueError, match=rf"/{name}\.parquet, row 1 .*{said} be read: not a known") as raised:
+            load_image(split[0].images[0], split[0])
+        assert "BytesIO" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_columns_are_for_datasets(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(GOOD)
+    with pytest.raises(ValueError, match=r"tasks\.vqa\.columns is set, but tasks\.vqa\.train \(a\.json"):
+        open_one(tmp_path, name, columns={"question": "query"})
 
 
 def test_dataset_file_with_our_keys_and_lists_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,22 @@ def test_stage_table_in_the_terminal():
     Console(file=io.StringIO()).print(stage_table(make_results(rows=0)))
 
 
+def test_summaries_and_cost_fit_eighty_columns():
+    results = make_results()
+    for row in range(3):
+        for column, task in enumerate(results.tasks):
+            results.matrix.set(row, task, 10.0 + row + column)
+    cost = results.cost[-1]
+    cost.trainable_params, cost.stored_params, cost.peak_memory_bytes = 999_994_000, 123_450_000, 1023 * 2**20
+    cost.train_seconds = cost.eval_seconds = 123 * 3600.0
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(stage_table(results))
+    lines = console.export_text().splitlines()[-4:]
+    assert [line.split()[0] for line in lines] == ["MFT", "forgetting", "trainable", "evaluation"]
+    assert "training 123 h 00 min" in lines[2]
+    assert lines[3] == "evaluation 123 h 00 min  peak memory 1023 MiB"
+
+
 def test_predictions_file_is_sorted(tmp_path):
     path = prediction_file(tmp_path, "stage_01", "alpha")
     write_part(path, 0, [{"index": 3}, {"index": 0}])

@@ -218,6 +218,106 @@ def test_a_changed_config_is_refused_and_named(
     run(experiment(tmp_path / "run", "zero_shot=false", "trainer.log_every_n_steps=2"))
 
 
+def test_overwrite_continues_an_interrupted_run_of_the_same_configuration(
+    experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(tmp_path / "run", "overwrite=true")
+    monkeypatch.setattr(kill, "POINT", ("batch", 1, 6))
+    with pytest.raises(kill.Killed):
+        run(config)
+    before = (tmp_path / "run/stage_01/final.ckpt").stat().st_mtime_ns
+    run(config)
+    assert (tmp_path / "run/stage_01/final.ckpt").stat().st_mtime_ns == before
+    assert_same_run(uninterrupted, tmp_path / "run")
+
+
+def test_a_stage_whose_checkpoint_is_lost_is_done_again(
+    experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(tmp_path / "run")
+    monkeypatch.setattr(kill, "POINT", ("batch", 2, 2))
+    with pytest.raises(kill.Killed):
+        run(config)
+    (tmp_path / "run/stage_02/final.ckpt").write_bytes(b"cut short")
+    (tmp_path / "run/stage_03/last.ckpt").unlink()
+    with pytest.raises(ValueError, match=r"stage_02/final\.ckpt: cannot be read.*delete the file"):
+        run(config)
+    (tmp_path / "run/stage_02/final.ckpt").unlink()
+    run(config)
+    left, right = adapters(uninterrupted), adapters(tmp_path / "run")
+    for stage in left:
+        assert all(torch.equal(value, right[stage][name]) for name, value in left[stage].items()), stage
+    assert Results.load(uninterrupted).matrix.to_dict() == Results.load(tmp_path / "run").matrix.to_dict()
+
+
+def test_a_checkpoint_of_another_stage_is_refused(
+    experiment: Callable[..., ExperimentConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = experiment(tmp_path / "run")
+    monkeypatch.setattr(kill, "POINT", ("batch", 1, 6))
+    with pytest.raises(kill.Killed):
+        run(config)
+    (tmp_path / "run/stage_02/final.ckpt").write_bytes((tmp_path / "run/stage_01/final.ckpt").read_bytes())
+    with pytest.raises(ValueError, match=r"stage_02/final\.ckpt: is of stage 'colours', not of 'shapes'.*delete it"):
+        run(config)
+
+
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_lost_results_are_refused_and_the_remedy_works(
+    damage: str,
+    experiment: Callable[..., ExperimentConfig],
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = experiment(tmp_path / "run")
+    monkeypatch.setattr(kill, "POINT", ("batch", 2, 2))
+    with pytest.raises(kill.Killed):
+        run(config)
+    results = tmp_path / "run/results.json"
+    results.write_text("{") if damage == "damaged" else results.unlink()
+    with pytest.raises(ValueError, match=r"results\.json.*Delete state\.json and results\.json"):
+        run(config)
+    results.unlink(missing_ok=True)
+    (tmp_path / "run/state.json").unlink()
+    trained = (tmp_path / "run/stage_01/final.ckpt").stat().st_mtime_ns
+    run(config)
+    assert (tmp_path / "run/stage_01/final.ckpt").stat().st_mtime_ns == trained
+    assert Results.load(uninterrupted).matrix.to_dict() == Results.load(tmp_path / "run").matrix.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("strategy.targets={language: [qq_proj]}", "'qq_proj' matches no linear"),
+        ("trainer.precision=bf17", "bf17"),
+        ("trainer.devices=two", "two"),
+        ("trainer.accelerator=tpuu", "tpuu"),
+        ("trainer.strategy=dpp", "dpp"),
+        ("trainer.gradient_clip_val=abc", "abc"),
+    ],
+)
+def test_a_wrong_value_shows_before_any_evaluation(
+    override: str, message: str, experiment: Callable[..., ExperimentConfig], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(experiment(tmp_path / "run", override))
+    assert not (tmp_path / "run/predictions").exists()
+
+
+def test_projector_only_training_accepts_text_only_batches(
+    experiment: Callable[..., ExperimentConfig], smoke_root: Path, tmp_path: Path
+) -> None:
+    rows = json.loads((smoke_root / "colours/train.json").read_text())[:8]
+    for row in rows:
+        del row["image"]
+        row["conversations"][0]["value"] = row["conversations"][0]["value"].replace("<image>", "").strip()
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    overrides = ["order=[colours]", f"tasks.colours.train={tmp_path}/train.json", "strategy.targets={vision: [q_proj]}"]
+    results = run(experiment(tmp_path / "run", *overrides, "zero_shot=false"))
+    assert results.matrix.scores[0][0] is not None
+
+
 def test_a_folder_with_other_files_is_refused(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"thesis\.tex.*out=DIR"):

@@ -43,6 +43,7 @@ def collate(samples):
 class Stream(LightningDataModule):
     def __init__(self, picture):
         super().__init__()
+        self.too_long = False
         self.stages, self.index, self.test_tasks = sequential_stages(TASKS), 0, TASKS
         self.splits = {task: Split(task, picture) for task in TASKS}
 
@@ -52,6 +53,10 @@ class Stream(LightningDataModule):
 
     def split(self, task, split):
         return self.splits[task]
+
+    def check_trained(self):
+        if self.too_long:
+            raise ValueError("trains on nothing")
 
     def report(self):
         return {task: {"shortened": 3, "dropped": 0} for task in TASKS}
@@ -194,6 +199,14 @@ def test_train_seconds_outlive_a_resume_and_leave_out_validation(parts):
     row = Results.load(root).cost[0]
     assert 1000 < row.train_seconds < 1000.4
     assert row.train_samples_per_second == pytest.approx(100 / row.train_seconds)
+
+
+def test_a_stage_that_trained_on_nothing_has_no_result(parts):
+    root, module, stream, logger = parts
+    stream.too_long = True
+    with pytest.raises(ValueError, match="trains on nothing"):
+        trainer(root, "stage_01", logger).fit(module, datamodule=stream)
+    assert not (root / "results.json").exists()
 
 
 def test_every_row_must_be_evaluated(parts):

@@ -63,8 +63,8 @@ class CutLog:
                 shortest, longest = -int(self._range[task][0]), int(self._range[task][1])
                 raise ValueError(
                     f"Task {task!r} trains on nothing: none of its {seen} training samples seen in this stage has an "
-                    f"answer token within data.max_length={self._max_length}. They have {shortest} to {longest} tokens, "
-                    f"image tokens included. Raise data.max_length, to {longest} to keep all of them whole."
+                    f"answer token within data.max_length={self._max_length}. The shortest has {shortest} tokens, the "
+                    f"longest {longest}, image tokens included. Raise data.max_length, to {longest} to keep all whole."
                 )
 
     def counts(self, task: str) -> dict[str, int]:

@@ -8,11 +8,14 @@ from mcit_lightning.evaluation.colours import css, ink, score_colour
 from mcit_lightning.evaluation.formatting import bytes_text, count_text, number_text, seconds_text
 from mcit_lightning.evaluation.results import CostRow, Results
 
+WIDTH = 80
+"""Columns that a terminal has at least."""
+
 
 def stage_table(results: Results) -> Group:
     """The accuracy matrix so far with coloured cells, the summaries below it, and the cost of the last stage.
 
-    Summaries and cost fit 80 columns."""
+    Summaries and cost fit `WIDTH` columns."""
     parts: list[RenderableType] = [_matrix(results), _summary(results)]
     if cost := [entry for entry in results.cost if entry.row == results.matrix.last_row()]:
         parts.append(_cost(cost[-1]))
@@ -47,21 +50,27 @@ def _cell(score: float | None, *, bold: bool = False) -> Text:
 
 def _summary(results: Results) -> Text:
     values = {name: number_text(value, digits=2) for name, value in results.summary.items() if value is not None}
-    return _line(values, style="bold")
+    return _lines(values, style="bold")
 
 
 def _cost(cost: CostRow) -> Text:
-    parameters = {
-        "trainable parameters": count_text(cost.trainable_params),
-        "stored parameters": count_text(cost.stored_params),
-    }
-    work = {
+    values = {
+        "trainable": count_text(cost.trainable_params),
+        "stored": count_text(cost.stored_params),
         "training": seconds_text(cost.train_seconds),
         "evaluation": seconds_text(cost.eval_seconds),
         "peak memory": bytes_text(cost.peak_memory_bytes),
     }
-    return Text("\n").join([_line(parameters), _line(work)])
+    return _lines(values)
 
 
-def _line(values: dict[str, str], style: str = "") -> Text:
-    return Text("  ").join(Text.assemble((f"{name} ", "dim"), (value, style)) for name, value in values.items())
+def _lines(values: dict[str, str], style: str = "") -> Text:
+    """Names and values on as few lines as fit, none broken between a name and its value."""
+    lines: list[Text] = []
+    for name, value in values.items():
+        pair = Text.assemble((f"{name} ", "dim"), (value, style))
+        if lines and len(lines[-1]) + 2 + len(pair) <= WIDTH:
+            lines[-1].append("  ").append_text(pair)
+        else:
+            lines.append(pair)
+    return Text("\n").join(lines)
