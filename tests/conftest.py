@@ -92,3 +92,21 @@ def smoke_config(smoke_root: Path) -> Callable[..., ExperimentConfig]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def experiment(smoke_root: Path) -> Callable[..., ExperimentConfig]:
+    """`experiment(out, *overrides)`: the smoke experiment with fewer rows, for a given run directory."""
+    from smoke_runs import small_experiment
+
+    return lambda out, *overrides: small_experiment(smoke_root, out, *overrides)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(experiment: Callable[..., ExperimentConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a whole run of `experiment`."""
+    from mcit_lightning.runner import run
+
+    root = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run(experiment(root))
+    return root
