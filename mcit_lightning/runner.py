@@ -145,7 +145,7 @@ class _Run:
             raise ValueError(
                 f"{path}: {error}. Put the right file there, or delete it: the stage is then done again"
             ) from error
-        logger.info("read %s", path)
+        logger.info("restored from %s", path)
         return checkpoint
 
     def _trainer(self, folder: Path, epochs: int = 1) -> L.Trainer:

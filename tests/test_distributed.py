@@ -101,7 +101,7 @@ def test_killed_by_sigkill_in_one_process(smoke_root: Path, tmp_path: Path) -> N
     process.kill()
     process.communicate()
     output = finish(command(smoke_root, tmp_path / "run", "trainer.devices=1"))
-    assert "restoring" in output or "continues" in output
+    assert "restored from" in output or "continues" in output
     assert dumps(tmp_path / "dump_whole") == dumps(tmp_path / "dump_run")
     again = command(smoke_root, tmp_path / "run", "trainer.devices=1")
     output, _ = again.communicate(timeout=100)
