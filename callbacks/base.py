@@ -1,9 +1,19 @@
 """Task boundaries as Lightning hooks."""
 
+from pathlib import Path
+
 import lightning as L
 
 from mcit_lightning.module import MCITModule
-from mcit_lightning.stages import Stage
+from mcit_lightning.stages import ZERO_SHOT, Stage
+
+
+def evaluated_stage(trainer: L.Trainer) -> Stage | None:
+    """The stage after which an evaluation is; None before any training."""
+    if Path(trainer.default_root_dir).name == ZERO_SHOT:
+        return None
+    stage: Stage = trainer.datamodule.stage  # type: ignore[attr-defined]
+    return stage
 
 
 class TaskCallback(L.Callback):

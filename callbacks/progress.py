@@ -1,12 +1,11 @@
 """Progress bars that say which stage and task they belong to."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from mcit_lightning.stages import Stage
+from callbacks.base import evaluated_stage
 
 
 class StageProgress(TQDMProgressBar):
@@ -28,8 +27,7 @@ class StageProgress(TQDMProgressBar):
 
 
 def _label(trainer: L.Trainer) -> str:
-    if Path(trainer.default_root_dir).name == "zero_shot":
+    stage = evaluated_stage(trainer)
+    if stage is None:
         return "zero-shot"
-    stream = trainer.datamodule  # type: ignore[attr-defined]
-    stage: Stage = stream.stage
-    return f"stage {stage.index + 1}/{len(stream.stages)} {stage.name}"
+    return f"stage {stage.index + 1}/{len(trainer.datamodule.stages)} {stage.name}"  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ import lightning as L
 from PIL import Image
 from rich.console import Console
 
+from callbacks.base import evaluated_stage
 from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, write_part
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
@@ -16,9 +17,6 @@ from mcit_lightning.evaluation.routing import routing_summary
 from mcit_lightning.evaluation.table import stage_table
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.stages import Stage
-
-ZERO_SHOT = "zero_shot"
-"""Name of the Trainer's folder during the evaluation before any training."""
 
 
 class BackwardTransfer(L.Callback):
@@ -66,7 +64,7 @@ class BackwardTransfer(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the predictions, enter the scores, and report."""
         seconds = time.perf_counter() - self._started
-        root, stage = _root(trainer), _stage(trainer)
+        root, stage = _root(trainer), evaluated_stage(trainer)
         samples = self._write_predictions(trainer, root)
         results: Results = pl_module.results  # type: ignore[assignment]
         for task in self._rows:
@@ -142,13 +140,6 @@ class _Images:
 
 def _root(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir).parent
-
-
-def _stage(trainer: L.Trainer) -> Stage | None:
-    """The stage after which this evaluation is; None before any training."""
-    if Path(trainer.default_root_dir).name == ZERO_SHOT:
-        return None
-    return trainer.datamodule.stage  # type: ignore[attr-defined]
 
 
 def _expected(trainer: L.Trainer) -> list[int | None]:

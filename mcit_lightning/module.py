@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcit_lightning.backbone import Backbone
 from mcit_lightning.config import ExperimentConfig
@@ -290,8 +290,3 @@ class MCITModule(L.LightningModule):
 
     def _in_projector(self, name: str) -> bool:
         return self.towers.tower_of(name) == "projector"
-
-    @staticmethod
-    def count_parameters(module: nn.Module, *, trainable: bool) -> int:
-        """Number of parameters of a module, all or only those that train."""
-        return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.evaluation.files import write_atomic
 from mcit_lightning.loading import flatten, to_yaml
-from mcit_lightning.stages import Stage
+from mcit_lightning.stages import ZERO_SHOT, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in OWN_FILES or name in (".lock", "zero_shot") or name.startswith("stage_") or name.endswith(".tmp")
+    return name in OWN_FILES or name in (".lock", ZERO_SHOT) or name.startswith("stage_") or name.endswith(".tmp")
 
 
 def _may_change(key: str, keys: tuple[str, ...]) -> bool:

@@ -22,7 +22,7 @@ from mcit_lightning.instantiate import split_node
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
 from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory, read_checkpoint
-from mcit_lightning.stages import Stage
+from mcit_lightning.stages import ZERO_SHOT, Stage
 from mcit_lightning.validation import build_strategy
 
 logger = logging.getLogger(__name__)
@@ -78,28 +78,27 @@ class _Run:
         state = self.directory.state
         if not state.zero_shot and (self.config.zero_shot or not self.stages):
             self.stream.evaluate_only(self.config.order)
-            self._test(self._trainer(self.directory.root / "zero_shot"))
+            self._test(self._trainer(self.directory.root / ZERO_SHOT))
             state.zero_shot = True
             self.directory.save()
         self.directory.drop_incomplete(self.stages)
         for stage in self.stages[state.stage :]:
-            self._restore(stage)
-            steps = self._stage(stage)
-            state.steps.append(steps)
+            trained = self._restore(stage)
+            state.steps.append(self._stage(stage, trained))
             self.directory.save()
         state.finished = True
         self.directory.save()
         self.tensorboard.close()
         return self.module.results
 
-    def _stage(self, stage: Stage) -> int:
-        """Train unless that is done, and evaluate; returns the stage's optimizer steps."""
+    def _stage(self, stage: Stage, trained: int | None) -> int:
+        """Train unless that is done (in `trained` steps), and evaluate; returns the stage's optimizer steps."""
         self.stream.stage = stage.index
         self.tensorboard.step_offset = sum(self.directory.state.steps)
         L.seed_everything(self.config.seed + stage.index, workers=True, verbose=False)
         last = self.directory.last(stage)
         trainer = self._trainer(self.directory.stage_folder(stage), self.stream.epochs(stage))
-        if self.directory.final(stage) is None:
+        if trained is None:
             step = 0
             if last is not None:
                 checkpoint = self._read(
@@ -110,29 +109,31 @@ class _Run:
             self.tensorboard.resume_from(step)
             trainer.fit(self.module, datamodule=self.stream, ckpt_path=last)
             _stop_if_told(trainer)
+            trained = trainer.global_step
         self._test(trainer)
-        final = self.directory.final(stage)
-        assert final is not None, "StageCheckpoint writes final.ckpt at the end of training"
-        return int(read_checkpoint(final)["global_step"])
+        return trained
 
     def _test(self, trainer: L.Trainer) -> None:
         trainer.test(self.module, datamodule=self.stream, verbose=False)
         _stop_if_told(trainer)
 
-    def _restore(self, stage: Stage) -> None:
-        """Bring the module to the state in which the stage starts, or in which its evaluation does."""
+    def _restore(self, stage: Stage) -> int | None:
+        """Bring the module to the state in which the stage starts, or in which its evaluation does.
+
+        Returns:
+            The optimizer steps of the stage if its training is done, else None.
+        """
         if stage.reset:
             self.module.reset()
         final = self.directory.final(stage)
         if final is not None:  # killed after the training
-            self._read(final, stage, self.module.load_weights)
-        elif (
-            stage.index > 0 and not stage.reset and len(self.module.structure) == 0
-        ):  # not just trained in this process
+            return int(self._read(final, stage, self.module.load_weights)["global_step"])
+        if stage.index > 0 and not stage.reset and len(self.module.structure) == 0:  # not just trained in this process
             previous = self.stages[stage.index - 1]
             path = self.directory.final(previous)
             assert path is not None, "finished stages have one"
             self._read(path, previous, self.module.load_weights)
+        return None
 
     def _read(self, path: Path, stage: Stage, use: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Read a checkpoint of a stage and give it to the module; errors name the file and the remedy."""

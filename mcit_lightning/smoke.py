@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw
 
 from mcit_lightning.quickstart.cache import build_once
-from mcit_lightning.quickstart.layout import CHAT_TEMPLATE, Sample, Task, write_tasks
+from mcit_lightning.quickstart.layout import Sample, Task, llava_processor, write_tasks
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig, LlavaProcessor
@@ -106,7 +106,7 @@ def _write_model(folder: Path, seed: int) -> None:
 
 def _processor() -> LlavaProcessor:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -127,14 +127,7 @@ def _processor() -> LlavaProcessor:
         extra_special_tokens={"image_token": "<image>"},
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which "default" then drops
-        chat_template=CHAT_TEMPLATE,
-    )
+    return llava_processor(images, tokenizer, PATCH)
 
 
 def _config(processor: LlavaProcessor) -> LlavaConfig:

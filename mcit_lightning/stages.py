@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+ZERO_SHOT = "zero_shot"
+"""Name of the folder of the evaluation before any training, where stages have theirs."""
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -80,10 +80,8 @@ def build_strategy(node: Mapping[str, Any]) -> ContinualStrategy:
             )
     try:
         hyper = OmegaConf.structured(cls.Config)
-        for key, value in values.items():
-            OmegaConf.update(
-                hyper, key, value, merge=False
-            )  # a mapping replaces the default one: targets are not added to it
+        for key, value in values.items():  # a mapping replaces the default one: targets are not added to it
+            OmegaConf.update(hyper, key, value, merge=False)
         hyper = OmegaConf.to_object(hyper)
     except OmegaConfBaseException as error:
         raise ValueError(f"strategy.{error.full_key or ''}: {str(error).splitlines()[0]}") from error

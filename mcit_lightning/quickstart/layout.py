@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 SPLITS = ("train", "val", "test")
 
@@ -29,6 +30,26 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def llava_processor(images: Any, tokenizer: PreTrainedTokenizerFast, patch_size: int) -> LlavaProcessor:
+    """The processor of a LLaVA whose tower puts a class token before its patches, with this module's chat template.
+
+    Args:
+        images: the image processor.
+        tokenizer: knows the `<image>` token.
+        patch_size: of the tower, in pixels.
+    """
+    from transformers import LlavaProcessor
+
+    return LlavaProcessor(
+        images,
+        tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,  # the class token, which "default" then drops
+        chat_template=CHAT_TEMPLATE,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mcit_lightning.quickstart.language import IMAGE_TOKEN, SmolLM2
-from mcit_lightning.quickstart.layout import CHAT_TEMPLATE
+from mcit_lightning.quickstart.layout import llava_processor
 from mcit_lightning.quickstart.packages import folder_of
 from mcit_lightning.quickstart.vision import PATCH, load_vision_tower, vision_config
 
@@ -65,19 +65,12 @@ def build_model(seed: int, aligned: bool = True) -> tuple[LlavaForConditionalGen
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """The processor that turns pictures and chats into what the model takes."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
+    from transformers import CLIPImageProcessorPil
 
     images = CLIPImageProcessorPil(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}, do_center_crop=False, image_mean=_MEAN, image_std=_STD
     )
-    return LlavaProcessor(
-        images,
-        tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # the class token, which "default" then drops
-        chat_template=CHAT_TEMPLATE,
-    )
+    return llava_processor(images, tokenizer, PATCH)
 
 
 def write_model(folder: Path, seed: int) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mcit_lightning.adapters import AdapterLinear
-from mcit_lightning.gates import GateInput, GateState, RouterGate
+from mcit_lightning.gates import GateInput, GateState
 from mcit_lightning.loss import Batch, LossOutput, answer_loss, prompt_mask
 from mcit_lightning.plans import FreezeRecord, TaskPlan
 from mcit_lightning.selector import TaskSelector, embed
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES
-from mcit_lightning.strategies.moelora import ROUTER, MoELoRA, MoELoRAConfig
+from mcit_lightning.strategies.moelora import ROUTER, MoELoRA, MoELoRAConfig, set_gates
 from mcit_lightning.towers import Towers
 
 
@@ -220,9 +220,7 @@ class BranchLoRA(MoELoRA):
         if not layers or router not in next(iter(layers.values())).routers:
             raise ValueError(f"task {task!r} has no router; learnt: {', '.join(self.selector.tasks) or 'none'}")
         self.state = GateState(mask=prompt_mask(batch), router=router, generating=True)
-        for layer in layers.values():
-            assert isinstance(layer.gate, RouterGate)
-            layer.gate.state = self.state
+        set_gates(towers, self.state)
         with torch.no_grad():
             towers.model(**batch["inputs"])
         gates = {path: gate[0] for path, gate in self.state.decided.items()}

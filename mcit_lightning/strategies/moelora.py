@@ -75,11 +75,16 @@ class MoELoRA(ContinualStrategy):
 
     def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
         """Give every gate the state of this batch."""
-        self.state = state = self.gate_state(towers, batch, task)
-        for layer in towers.adapters.values():
-            if isinstance(layer.gate, RouterGate):
-                layer.gate.state = state
-        return _generating(state)
+        self.state = self.gate_state(towers, batch, task)
+        set_gates(towers, self.state)
+        return _generating(self.state)
+
+
+def set_gates(towers: Towers, state: GateState) -> None:
+    """Give every router gate the state of a batch."""
+    for layer in towers.adapters.values():
+        if isinstance(layer.gate, RouterGate):
+            layer.gate.state = state
 
 
 @contextmanager
