@@ -2,9 +2,9 @@
 
     python benchmarks/seeds.py benchmarks/small_stream.yaml --seeds 0 1 2 3 4 --jobs 2 --out runs/small_stream
 
-Every cell (run, seed) is a run directory of its own below `--out`, started as a process; a cell that is finished is not run again and
-one that was interrupted continues, so the same command completes the table. Prints it, and writes it as `summary.json` and
-`summary.md` beside the runs. `--jobs` runs that many cells at once, each with `--threads` threads.
+Every cell (run, seed) is a run directory of its own below `--out`, started as a process; a cell that is finished is not run
+again and one that was interrupted continues, so the same command completes the table. Prints it, and writes it as `summary.json`
+and `summary.md` beside the runs. `--jobs` runs that many cells at once, each with `--threads` threads.
 """
 
 import argparse
