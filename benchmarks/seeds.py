@@ -87,7 +87,9 @@ def markdown(table: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plan", type=Path, help="YAML with `common` overrides and `runs`: name -> experiment, overrides")
+    parser.add_argument(
+        "plan", type=Path, help="YAML with `common` overrides and `runs`: name -> experiment, overrides"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="*", default=None, help="names of the runs to do; all are tabulated")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
