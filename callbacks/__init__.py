@@ -1,10 +1,13 @@
 """Lightning callbacks that carry out the task boundaries; list them in an experiment's `callbacks`."""
 
 from callbacks.base import TaskCallback
+from callbacks.budget import BudgetReallocation
 from callbacks.checkpoint import StageCheckpoint
 from callbacks.consolidate import Consolidate
 from callbacks.cost import StageCost
+from callbacks.curriculum import CurriculumRatio
 from callbacks.freezing import BranchFreeze
+from callbacks.probe import GradientProbe
 from callbacks.progress import StageProgress
 from callbacks.routers import RouterSpawn
 from callbacks.transfer import BackwardTransfer
@@ -12,7 +15,10 @@ from callbacks.transfer import BackwardTransfer
 __all__ = [
     "BackwardTransfer",
     "BranchFreeze",
+    "BudgetReallocation",
     "Consolidate",
+    "CurriculumRatio",
+    "GradientProbe",
     "RouterSpawn",
     "StageCheckpoint",
     "StageCost",

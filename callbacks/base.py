@@ -1,11 +1,15 @@
 """Task boundaries as Lightning hooks."""
 
 from pathlib import Path
+from typing import TypeVar
 
 import lightning as L
 
 from mcit_lightning.module import MCITModule
 from mcit_lightning.stages import ZERO_SHOT, Stage
+from mcit_lightning.strategies import ContinualStrategy
+
+S = TypeVar("S", bound=ContinualStrategy)
 
 
 def evaluated_stage(trainer: L.Trainer) -> Stage | None:
@@ -14,6 +18,20 @@ def evaluated_stage(trainer: L.Trainer) -> Stage | None:
         return None
     stage: Stage = trainer.datamodule.stage  # type: ignore[attr-defined]
     return stage
+
+
+def require(callback: L.Callback, module: MCITModule, kind: type[S]) -> S:
+    """The module's strategy, which must be of a kind.
+
+    Raises:
+        ValueError: it is not; names the callback to take out of the list.
+    """
+    if not isinstance(module.strategy, kind):
+        raise ValueError(
+            f"callbacks.{type(callback).__name__}: strategy {module.config.strategy['name']!r} has no use for it; take the "
+            f"callback out of the list, or use {kind.__name__.lower()}"
+        )
+    return module.strategy
 
 
 class TaskCallback(L.Callback):

@@ -76,6 +76,10 @@ class BackwardTransfer(L.Callback):
         if stage is not None:
             cost = results.cost_row(stage.name, stage.folder, stage.row)
             cost.eval_seconds, cost.eval_samples_per_second = seconds, samples / seconds
+            share: dict[str, float] = pl_module.eval_seconds  # type: ignore[assignment]
+            own = max(1, sum(len(rows) for rows in self._rows.values()))
+            cost.routing_seconds_per_sample = share["routing"] / own
+            cost.generation_seconds_per_sample = share["generation"] / own
             routing = None
             if trainer.is_global_zero:
                 learnt = results.tasks[: stage.row + 1]

@@ -47,6 +47,7 @@ class AdapterLinear(nn.Module):
         self.routers = nn.ParameterDict()
         self.trunk_of: dict[str, str] = {}
         self.gate: Gate = None
+        self.enabled = True
         self._unmerged: list[nn.Parameter] = []  # the pretrained weight while merged, hidden from `parameters()`
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
         self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
@@ -153,7 +154,7 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.lora_b or self._unmerged:
+        if not self.lora_b or self._unmerged or not self.enabled:
             return y
         a = _concatenate(list(self.lora_a.values()), 0)
         b = _concatenate(list(self.lora_b.values()), 1)

@@ -33,12 +33,15 @@ class BackboneConfig:
 
 @dataclass
 class PromptConfig:
-    """How a conversation becomes text. The same template serves training and evaluation."""
+    """How a conversation about images becomes the model's input. The same settings serve training and evaluation."""
 
     template: Literal["chat", "vicuna", "plain"] = "chat"
     """`chat`: the processor's own chat template; `vicuna`: Vicuna v1 as LLaVA-1.5 uses it; `plain`: question, newline, answer."""
     suffix: str = ""
     """Text appended to every question of evaluation rows, for example an answer-format instruction."""
+    pad_to_square: bool = False
+    """Centre every image on a square of the processor's mean colour first, as LLaVA-1.5 does in training: nothing of a wide or
+    tall image is then cropped, and box coordinates are fractions of that square."""
 
 
 @dataclass
@@ -47,6 +50,9 @@ class DataConfig:
 
     root: str = MISSING
     """Folder to which the tasks' paths are relative."""
+    annotations: str = "."
+    """Folder of the tasks' files below `root`, for benchmarks that publish several sets of instructions. It counts where the
+    tasks' paths name it: `train: "${data.annotations}/GQA/train.json"`."""
     batch_size: int = 8
     """Samples per device and training step."""
     eval_batch_size: int = 16
@@ -69,6 +75,8 @@ class DataConfig:
 class TaskConfig:
     """One task of the sequence. What is None falls back to `data` or `optim`."""
 
+    aliases: list[str] = field(default_factory=list)
+    """Other names that `order` and `tasks.<name>.<key>=` accept for the task. Case, `-` and `_` never count."""
     train: str | None = None
     """Training file relative to `data.root` (.json, .jsonl), or a Hugging Face dataset when `format` is `hf`."""
     val: str | None = None

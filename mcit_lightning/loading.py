@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from mcit_lightning.aliases import find_task
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.registry import nearest
 
@@ -80,8 +81,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
     assert isinstance(config, ExperimentConfig)
-    if not config.order:
-        config.order = list(config.tasks)
+    config.order = [find_task(name, config.tasks) or name for name in config.order or config.tasks]
     for name in config.imports:
         try:
             importlib.import_module(name)
@@ -164,8 +164,13 @@ def _override(merged: DictConfig, override: str) -> None:
         nested = {part: nested}
     _check_keys(nested, ExperimentConfig, f"override {override!r}", "")
     parts = key.split(".")
-    if parts[0] == "tasks" and len(parts) > 2 and parts[1] not in merged.tasks:
-        raise ValueError(f"override {override!r}: no task {parts[1]!r}. {nearest(parts[1], map(str, merged.tasks))}")
+    if parts[0] == "tasks" and len(parts) > 2:
+        task = find_task(parts[1], merged.tasks)
+        if task is None:
+            raise ValueError(
+                f"override {override!r}: no task {parts[1]!r}. {nearest(parts[1], map(str, merged.tasks))}"
+            )
+        key = ".".join([parts[0], task, *parts[2:]])
     try:
         # a mapping for `strategy` is a new strategy: the hyper-parameters of the old one do not belong to it
         OmegaConf.update(merged, key, value, merge=key != "strategy")

@@ -46,6 +46,17 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     return model.get_output_embeddings()(selected)
 
 
+def sample_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """[B], each sample's mean cross-entropy over its own answer tokens; zero for a sample without any.
+
+    Unlike `answer_loss`, a sample's value does not depend on the rest of the batch.
+    """
+    losses = F.cross_entropy(answer_logits(model, batch).float(), batch["targets"], reduction="none")
+    rows, size = batch["rows"], len(batch["id"])
+    counts = torch.bincount(rows, minlength=size).clamp(min=1)
+    return losses.new_zeros(size).index_add(0, rows, losses) / counts
+
+
 def answer_loss(model: PreTrainedModel, batch: Batch) -> LossOutput:
     """Mean cross-entropy over the answer tokens of the micro-batch, in float32; zero if there are none."""
     logits = answer_logits(model, batch).float()

@@ -1,6 +1,7 @@
 """`MCITModule`: a LLaVA-style model with a pluggable continual strategy, as a LightningModule."""
 
 import logging
+import time
 from typing import Any
 
 import lightning as L
@@ -48,6 +49,8 @@ class MCITModule(L.LightningModule):
         self.config = config
         self.run_id = run_id
         self.structure = StructureLog()
+        self._replayed: set[str] = set()
+        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
         self.answer_metrics: dict[str, AnswerMetric] = {}
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
         strategy.seed = config.seed
@@ -88,12 +91,18 @@ class MCITModule(L.LightningModule):
         if self.structure.to_list() != log.to_list()[: len(self.structure)]:
             raise ValueError("the checkpoint's structure log contradicts the model's; it belongs to another run")
         for entry in log.entries[len(self.structure) :]:
+            self._replayed.add(entry.stage)
             self.grow(entry) if isinstance(entry, TaskPlan) else self.freeze_branches(entry)
+
+    def is_restored(self, stage: Stage) -> bool:
+        """Whether the stage's start was carried out by an interrupted process: its structure comes from a checkpoint."""
+        return stage.name in self._replayed
 
     def reset(self) -> None:
         """Back to the pretrained model: no adapters, the projector as it was loaded, an empty log."""
         self.towers.detach_all()
         self.structure = StructureLog()
+        self._replayed.clear()
         with torch.no_grad():
             for name, value in self._pretrained_projector.items():
                 self.model.get_parameter(name).copy_(value)
@@ -198,6 +207,7 @@ class MCITModule(L.LightningModule):
     def on_test_start(self) -> None:
         """Fresh metrics for the tasks that are about to be evaluated."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
         self.answer_metrics = {task: get_metric(stream.metric(task))().to(self.device) for task in stream.test_tasks}
 
     def test_step(  # type: ignore[override]
@@ -207,8 +217,12 @@ class MCITModule(L.LightningModule):
         task = batch["task"][0]
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         end_id = stream.train_collator.encoder.end_id
+        began = self._clock()
         with self.strategy.routing(self.towers, batch, None):
+            routed_at = self._clock()
             texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task), end_id)
+        self.eval_seconds["routing"] += routed_at - began
+        self.eval_seconds["generation"] += self._clock() - routed_at
         metric, routed = self.answer_metrics[task], self.strategy.routed_to()
         metric.update(texts, batch["reference"], batch["extra"])
         return [
@@ -227,6 +241,12 @@ class MCITModule(L.LightningModule):
             }
             for row, text in enumerate(texts)
         ]
+
+    def _clock(self) -> float:
+        """Seconds, when the device has done what it was asked to."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def on_test_epoch_end(self) -> None:
         """Log `test/<task>/<metric>` in percent; the metrics sum over ranks themselves."""

@@ -65,8 +65,7 @@ class _Run:
         strategy = build_strategy(config.strategy)
         self.stages = strategy.stages(config.order)
         backbone = load_backbone(config.backbone, precision=self.precision)
-        if self.stages:
-            strategy.plan(self.stages[0], backbone.towers)  # and so do targets that the model does not have
+        strategy.check(backbone.towers, self.stages)  # and so do targets that the model does not have
         self.module = MCITModule(backbone, strategy, config, directory.state.run_id)
         self.stream = ContinualDataModule(config, backbone.processor, self.stages)
         # DDP must look for parameters without a gradient if a batch may come without any image, or the strategy routes

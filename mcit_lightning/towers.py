@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -130,6 +131,17 @@ class Towers:
             parent, _, name = path.rpartition(".")
             setattr(self.model.get_submodule(parent), name, layer.base)
         self.adapters.clear()
+
+    @contextmanager
+    def pretrained(self) -> Iterator[None]:
+        """Context in which the model computes what it did before any adapter was attached (but for a tuned projector)."""
+        for layer in self.adapters.values():
+            layer.enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.adapters.values():
+                layer.enabled = True
 
     def injection_plan(self) -> list[tuple[str, str, int, int, int]]:
         """What is attached: rows of (tower, target, modules, branches per module, adapter parameters)."""

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mcit_lightning.aliases import check_aliases
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.evaluation.metrics import get_metric
 from mcit_lightning.instantiate import check_arguments, split_node
@@ -118,6 +119,7 @@ def _tasks(config: ExperimentConfig) -> None:
             raise ValueError(
                 f"tasks.{name}: a task's name becomes file names and parameter names; use letters, digits, - and _"
             )
+    check_aliases(config.tasks)
     for name in config.order:
         if name not in config.tasks:
             raise ValueError(f"order: no task {name!r}. {nearest(name, config.tasks)}")

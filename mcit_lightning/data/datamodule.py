@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mcit_lightning.config import ExperimentConfig, TaskConfig
 from mcit_lightning.data.collate import EvalCollator, TrainCollator
@@ -198,6 +198,33 @@ class ContinualDataModule(L.LightningDataModule):
             collator = EvalCollator(self.processor, self.config.prompt, suffix=suffix)
             loaders.append(self._eval_loader(split, split.lengths, collator))
         return loaders
+
+    @property
+    def train_rows(self) -> int:
+        """Training rows of the current stage, each counted once."""
+        return sum(len(self._splits[task, "train"]) for task in self.stage.train)
+
+    def probe_loader(self, count: int) -> DataLoader[Any]:
+        """This process's share of a fixed random sample of the stage's training rows, for probes and routers.
+
+        The sample depends on the experiment's seed and the stage alone; position `i` belongs to rank `i % world_size`, and
+        a smaller sample is the beginning of a larger one.
+
+        Args:
+            count: rows over all processes.
+        """
+        stage = self.stage
+        dataset = StageData([self._splits[task, "train"] for task in stage.train], [1] * len(stage.train))
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "probe", stage.index))
+        chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
+        return DataLoader(
+            Subset(dataset, chosen[self._rank :: self._world_size]),
+            batch_size=self.batch_size(stage),
+            collate_fn=self.train_collator,
+            worker_init_fn=init_worker,
+            generator=torch.Generator().manual_seed(0),
+            **self._loader_options(),
+        )
 
     def has_text_only(self) -> bool:
         """Whether a training row has no image, so that a batch may leave the projector without a gradient."""

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mcit_lightning.config import PromptConfig
 from mcit_lightning.data.images import load_image
 from mcit_lightning.data.prompts import Piece, build_template
-from mcit_lightning.data.records import Sample, Turns
+from mcit_lightning.data.records import ImageSource, Sample, Turns
 
 
 @dataclass
@@ -43,10 +44,11 @@ class Encoder:
 
     Args:
         processor: the backbone's processor.
-        prompt: which template.
+        prompt: which template, and whether images are padded to a square.
 
     Raises:
-        ValueError: the tokenizer has no padding or end token, or the template does not fit the processor.
+        ValueError: the tokenizer has no padding or end token, the template does not fit the processor, or images are to be
+            padded and the processor has no mean colour.
     """
 
     def __init__(self, processor: Any, prompt: PromptConfig) -> None:
@@ -59,6 +61,7 @@ class Encoder:
                     "...; processor.save_pretrained(...)) and name that folder in backbone.id."
                 )
         self.template = build_template(prompt, processor)
+        self._padding = mean_colour(processor) if prompt.pad_to_square else None
         self.end_id: int = self.tokenizer.convert_tokens_to_ids(self.template.end)
         """The token that ends an answer; generation must stop at it."""
         self._image_ids = {processor.image_token_id, getattr(self.tokenizer, "image_token_id", None)} - {None}
@@ -79,7 +82,7 @@ class Encoder:
             ValueError: an image cannot be read, or a text contains the processor's image token.
         """
         pieces = [self._pieces(sample, spoken) for sample, spoken in zip(samples, turns, strict=True)]
-        images = [[load_image(image, sample) for image in sample.images] for sample in samples]
+        images = [[self._image(image, sample) for image in sample.images] for sample in samples]
         outputs = dict(
             self.processor(
                 text=[row[0].prompt for row in pieces],
@@ -128,6 +131,10 @@ class Encoder:
         }
         return {**tensors, "attention_mask": stack([[1] * len(row) for row in rows], 0)}
 
+    def _image(self, source: ImageSource, sample: Sample) -> Image.Image:
+        image = load_image(source, sample)
+        return image if self._padding is None else pad_to_square(image, self._padding)
+
     def _pieces(self, sample: Sample, turns: Turns) -> list[Piece]:
         pieces = self.template.pieces(turns, len(sample.images))
         token = self.template.image_token
@@ -168,3 +175,30 @@ class Encoder:
             return ""
         lead = "" if self._adds_space and self.template.lead == " " else self.template.lead
         return lead + answer
+
+
+def mean_colour(processor: Any) -> tuple[int, int, int]:
+    """The RGB colour that the processor's normalisation maps to zero, rounded down as LLaVA-1.5 does.
+
+    Raises:
+        ValueError: the processor does not normalise by three channel means.
+    """
+    means = getattr(getattr(processor, "image_processor", None), "image_mean", None)
+    if not isinstance(means, list | tuple) or len(means) != 3:
+        raise ValueError(
+            f"prompt.pad_to_square is true, but {type(processor).__name__} has no image_mean of three channels to pad with "
+            f"(it is {means!r}). Set prompt.pad_to_square to false."
+        )
+    red, green, blue = (int(mean * 255) for mean in means)
+    return red, green, blue
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of its longer side; where a border is odd, the right or lower one is wider."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square

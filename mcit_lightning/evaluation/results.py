@@ -27,11 +27,19 @@ class CostRow:
     trainable_params: int | None = None
     stored_params: int | None = None
     """Parameters that must be kept to run the model after this stage, without the pretrained ones."""
+    proxy_seconds: float | None = None
+    """Time of the gradient probe before the stage."""
+    router_seconds: float | None = None
+    """Time to make the stage's router before the training: features of its samples, and the fit."""
     train_seconds: float | None = None
     """Wall-clock time of the training loop without validation; interruptions and lost work do not count."""
     train_samples_per_second: float | None = None
     eval_seconds: float | None = None
     eval_samples_per_second: float | None = None
+    routing_seconds_per_sample: float | None = None
+    """Time to decide where an evaluated sample is routed; on several ranks, of rank zero."""
+    generation_seconds_per_sample: float | None = None
+    """Time to generate its answer, routing left out."""
     peak_memory_bytes: int | None = None
     """Highest accelerator memory in training, the largest over the ranks; on a CPU the process's resident memory."""
 
@@ -49,6 +57,8 @@ class Results:
         metrics: task -> name of its metric.
         routing: accuracy and confusion of the task router, where the strategy has one.
         cost: one row per stage, in order.
+        allocation: stage -> what a strategy with a budget decided for it: `ratios`, `budget` and `difficulty` per tower,
+            `scores` and `ranks` per module.
         notes: anything else worth keeping, for example the counts of shortened and dropped samples (JSON types only).
 
     The accuracy matrix with the zero-shot row is `matrix`, empty at first.
@@ -62,6 +72,7 @@ class Results:
     metrics: dict[str, str]
     routing: dict[str, Any] | None = None
     cost: list[CostRow] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     matrix: TransferMatrix = field(init=False)
 
@@ -114,6 +125,7 @@ class Results:
             "summary": self.summary,
             "summary_per_stage": self.summary_per_stage,
             "routing": self.routing,
+            "allocation": self.allocation,
             "cost": [asdict(row) for row in self.cost],
             "notes": self.notes,
         }
@@ -138,6 +150,7 @@ class Results:
                 metrics=values["metrics"],
                 routing=values["routing"],
                 cost=[CostRow(**row) for row in values["cost"]],
+                allocation=values.get("allocation", {}),
                 notes=values["notes"],
             )
             results.matrix = TransferMatrix.from_dict(values)

@@ -3,6 +3,8 @@
 from mcit_lightning.strategies.base import STRATEGIES, ContinualStrategy, StrategyConfig
 from mcit_lightning.strategies.bounds import Individual, Joint, ZeroShot
 from mcit_lightning.strategies.branchlora import BranchLoRA, BranchLoRAConfig
+from mcit_lightning.strategies.dmole import DMoLE
+from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
@@ -11,6 +13,8 @@ __all__ = [
     "BranchLoRA",
     "BranchLoRAConfig",
     "ContinualStrategy",
+    "DMoLE",
+    "DMoLEConfig",
     "Individual",
     "Joint",
     "LoRAConfig",

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mcit_lightning.loss import Batch, LossOutput, answer_loss
 from mcit_lightning.plans import FreezeRecord, TaskPlan
@@ -49,6 +49,15 @@ class ContinualStrategy(nn.Module):
         """Names of the callbacks without which this configuration would silently be another method."""
         return ()
 
+    def check(self, towers: Towers, stages: list[Stage]) -> None:
+        """Look for what a plan would stumble over, before anything is evaluated; default: make the first stage's plan.
+
+        Raises:
+            ValueError: a configured target matches nothing in this model.
+        """
+        if stages:
+            self.plan(stages[0], towers)
+
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
         """Decide what the stage adds to the model, without side effects.
 
@@ -86,6 +95,26 @@ class ContinualStrategy(nn.Module):
             task: the stage's name in training; None in evaluation, where no task id may be used.
         """
         return nullcontext()
+
+    def router_samples(self, rows: int) -> int:
+        """How many of a stage's training samples `features` is to be taken of, to make the stage's router; 0 for none.
+
+        Args:
+            rows: training samples of the stage.
+        """
+        return 0
+
+    def features(self, towers: Towers, batch: Batch) -> Tensor:
+        """[B, d], what the router sees of each sample of a batch; needed where `router_samples` is not 0."""
+        raise NotImplementedError
+
+    def fit_router(self, stage: Stage, features: Tensor) -> dict[str, float]:
+        """Make the stage's router from the features [N, d] of its samples; called once, after `grow`.
+
+        Returns:
+            What is worth logging about it.
+        """
+        raise NotImplementedError
 
     def routed_to(self) -> list[list[str]] | None:
         """Where the last evaluation batch was routed: for each sample the tasks whose experts it got, best first.

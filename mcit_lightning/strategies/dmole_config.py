@@ -1,0 +1,111 @@
+"""Hyper-parameters of D-MoLE."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mcit_lightning.allocation import Difficulty
+from mcit_lightning.autoencoder import Scaling
+from mcit_lightning.features import Tiles
+from mcit_lightning.strategies.sequential import LoRAConfig
+
+
+@dataclass
+class DMoLEConfig(LoRAConfig):
+    """The defaults are the paper's; what the released code does differently is an option, and named so."""
+
+    dropout: float = 0.05
+    targets: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            "vision": ["q_proj", "k_proj", "v_proj", "out_proj"],
+            "language": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        }
+    )
+    """Candidates for experts, per tower: the attention's linears. One tower alone is the paper's ablation v1 or v2."""
+
+    budget: float = 0.5
+    """Experts per task, as a share of the candidates."""
+    budget_parameters: int | None = None
+    """Parameters of a task's experts, instead of `budget`: for comparisons at equal size."""
+    unit: Literal["module", "layer"] = "module"
+    """What is ranked and allocated: single linears, or all candidates of a layer."""
+    allocation: Literal["proxy", "random", "uniform"] = "proxy"
+    """Where experts go: to the candidates with the highest gradient norms; to as many random ones; or to all candidates, at a
+    rank that is `budget` times `rank`."""
+    curriculum: bool = True
+    """Split the budget by the difficulty of the modalities; False: by the number of candidates (the ablation v3)."""
+    difficulty: Difficulty = "l2"
+    """A modality's score; `sum_of_norms` in the released code."""
+    vision_floor: float = 0.0
+    """Least share of the budget for the vision tower; 0.25 in the released code."""
+
+    proxy_fraction: float = 0.01
+    """Share of a task's training samples that the gradient norms are taken over."""
+    proxy_minimum: int = 64
+    """But at least so many."""
+    proxy_bias: bool = False
+    """Add the norm of the bias' gradient to a module's score, as the released code does."""
+    proxy_offload: bool = False
+    """Add gradients up in host memory, if the device has no room for a float32 copy of the candidates."""
+
+    router: Literal["autoencoder", "nearest_centroid", "oracle"] = "autoencoder"
+    """How a sample's experts are found at evaluation; `oracle` takes the true task, to tell routing errors from anything else."""
+    top_k: int = 2
+    """Most experts per sample at evaluation."""
+    co_expert: Literal["best", "thresholded", "none"] = "best"
+    """The earlier expert that helps in training: that of the lowest error, only if under its threshold (released code), or
+    none."""
+    route_scope: Literal["sample", "batch_vote"] = "sample"
+    """`batch_vote`: one decision for the whole batch, by majority (released code). Scores then depend on the batches."""
+    vote_share: float = 0.3
+    """With `batch_vote`, the share of the votes that a second expert needs."""
+
+    feature_tiles: Tiles = "all"
+    """`last`: only the last tile of an image, which is InternVL's thumbnail (released code)."""
+    feature_masked: bool = True
+    """False: padding takes part in the pooling (released code)."""
+    router_fraction: float = 0.01
+    """Share of a task's training samples that its router is made from."""
+    router_minimum: int = 512
+    """But at least so many, or all."""
+    router_hidden: int = 128
+    router_scaling: Scaling = "standardize"
+    """What the autoencoder sees; `l2` in the released code."""
+    router_output: Literal["linear", "sigmoid"] = "linear"
+    """`sigmoid` in the released code."""
+    router_epochs: int = 100
+    router_lr: float = 1.0e-3
+    router_lr_end: float | None = None
+    """Learning rate at the end of a cosine; null: constant. The released code goes from 5e-3 to 1e-3."""
+    router_batch_size: int = 64
+    router_patience: int | None = None
+    """Stop after so many epochs without progress; 10 in the released code, with up to 1000 epochs."""
+    router_held_out: float = 0.25
+    """Share of the router's samples that only set the threshold."""
+    quantile: float = 0.95
+    """The threshold is `margin` times this quantile of the held-out reconstruction errors."""
+    margin: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := set(self.targets) - {"vision", "language"}:
+            raise ValueError(f"targets: unknown tower {', '.join(sorted(unknown))}; known: vision, language")
+        open_shares = ("budget", "proxy_fraction", "router_fraction", "quantile")
+        for name in open_shares:
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}: is {getattr(self, name)}, must be in (0, 1]")
+        for name in ("vision_floor", "vote_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: is {getattr(self, name)}, must be in [0, 1]")
+        if not 0 < self.router_held_out < 1:
+            raise ValueError(f"router_held_out: is {self.router_held_out}, must be between 0 and 1")
+        positive = ("top_k", "router_hidden", "router_epochs", "router_batch_size", "proxy_minimum", "router_minimum")
+        for name in (*positive, "router_lr", "margin", "budget_parameters", "router_lr_end", "router_patience"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: is {value}, must be greater than 0")
+        if self.router_minimum < 2:
+            raise ValueError(f"router_minimum: is {self.router_minimum}, must be at least 2")
+        if self.allocation == "uniform" and self.budget_parameters is not None:
+            raise ValueError("budget_parameters: uniform allocation takes its size from budget; leave it null")
+        if self.router == "oracle" and self.route_scope == "batch_vote":
+            raise ValueError("route_scope: the oracle knows every sample's task; use sample")
