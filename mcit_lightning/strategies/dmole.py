@@ -37,6 +37,7 @@ class DMoLE(ContinualStrategy):
 
     Config = DMoLEConfig
     config: DMoLEConfig
+    uses_all_parameters = False  # a random or uniform expert may be where the loss does not reach
 
     def __init__(self, config: DMoLEConfig) -> None:
         super().__init__(config)
@@ -124,26 +125,21 @@ class DMoLE(ContinualStrategy):
     ) -> dict[str, list[str]]:
         """Tower -> modules that get an expert, in the model's order."""
         config = self.config
-        units = {tower: {path: [path] for path in paths} for tower, paths in candidates.items()}
-        if config.unit == "layer":
-            units = {
-                tower: {layer: list(own) for layer, own in by_layer(dict.fromkeys(paths, 0.0)).items()}
-                for tower, paths in candidates.items()
-            }
-        orders = {}
-        for tower, own in units.items():
-            if config.allocation == "random":
-                orders[tower] = shuffled(list(own), f"{self.seed}/{stage.index}/{tower}")
-            else:
-                assert self.scores is not None, "callbacks.GradientProbe runs before the plan"
-                scores = self.scores
-                orders[tower] = ranked(
-                    {unit: sum(scores[path] ** 2 for path in paths) ** 0.5 for unit, paths in own.items()}
-                )
+        units = self._units(candidates)
+        budget = max(1, int(config.budget * sum(len(own) for own in units.values()) + 0.5))
+        if (
+            self.scores is not None
+        ):  # a linear that the loss does not reach (behind the layer that LLaVA reads) is of no use
+            reached = {path for path, score in self.scores.items() if score > 0}
+            units = self._units({tower: [p for p in paths if p in reached] for tower, paths in candidates.items()})
+        capacity = {tower: len(own) for tower, own in units.items()}
+        if not any(capacity.values()):
+            raise ValueError(
+                f"strategy: no gradient reaches a candidate in stage {stage.name!r}; check strategy.targets"
+            )
+        orders = {tower: self._order(tower, own, stage) for tower, own in units.items()}
         if config.budget_parameters is None:
-            capacity = {tower: len(own) for tower, own in units.items()}
-            budget = max(1, int(config.budget * sum(capacity.values()) + 0.5))
-            counts = split_budget(budget, ratios, capacity, config.vision_floor)
+            counts = split_budget(min(budget, sum(capacity.values())), ratios, capacity, config.vision_floor)
             picked = {tower: orders[tower][: counts[tower]] for tower in units}
         else:
             picked = self._fill(units, orders, ratios, towers)
@@ -151,6 +147,23 @@ class DMoLE(ContinualStrategy):
             tower: sorted((path for unit in chosen for path in units[tower][unit]), key=natural)
             for tower, chosen in picked.items()
         }
+
+    def _units(self, candidates: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+        """Tower -> unit -> the modules that it stands for."""
+        if self.config.unit == "module":
+            return {tower: {path: [path] for path in paths} for tower, paths in candidates.items()}
+        return {
+            tower: {layer: list(own) for layer, own in by_layer(dict.fromkeys(paths, 0.0)).items()}
+            for tower, paths in candidates.items()
+        }
+
+    def _order(self, tower: str, units: Mapping[str, list[str]], stage: Stage) -> list[str]:
+        """A tower's units, those to take first in front."""
+        if self.config.allocation == "random":
+            return shuffled(list(units), f"{self.seed}/{stage.index}/{tower}")
+        assert self.scores is not None, "callbacks.GradientProbe runs before the plan"
+        scores = self.scores
+        return ranked({unit: sum(scores[path] ** 2 for path in paths) ** 0.5 for unit, paths in units.items()})
 
     def _fill(
         self,
@@ -161,15 +174,14 @@ class DMoLE(ContinualStrategy):
     ) -> dict[str, list[str]]:
         """The best units of each tower whose parameters fit into its share of `budget_parameters`."""
         assert self.config.budget_parameters is not None
-        total, picked = self.config.budget_parameters, {}
-        share = dict(ratios)
-        if len(share) > 1:
-            share["vision"] = max(share["vision"], self.config.vision_floor)
-            share["language"] = 1 - share["vision"]
-        for tower, own in units.items():
-            sizes = {unit: sum(self._expert_size(towers, path) for path in paths) for unit, paths in own.items()}
-            picked[tower] = fill(orders[tower], sizes, int(total * share[tower]))
-        return picked
+        sizes = {
+            tower: {unit: sum(self._expert_size(towers, path) for path in paths) for unit, paths in own.items()}
+            for tower, own in units.items()
+        }
+        capacity = {tower: sum(own.values()) for tower, own in sizes.items()}
+        total = min(self.config.budget_parameters, sum(capacity.values()))
+        room = split_budget(total, ratios, capacity, self.config.vision_floor)
+        return {tower: fill(orders[tower], sizes[tower], room[tower]) for tower in units}
 
     def _expert_size(self, towers: Towers, path: str) -> int:
         layer = towers.model.get_submodule(path)
