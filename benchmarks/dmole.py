@@ -1,0 +1,258 @@
+"""What D-MoLE adds to training and evaluation: gradient probe, features, autoencoder, co-experts, routing.
+
+    python benchmarks/dmole.py                                                  # CPU: the quickstart's shapes
+    python benchmarks/dmole.py --shapes llava7b --divide 8                      # LLaVA-1.5-7B with an eighth of its layers
+    python benchmarks/dmole.py --shapes llava7b --device cuda --dtype bfloat16  # all of it, random weights
+
+Every figure is the time per sample relative to a training step's in the same run (median over rounds, 10th to 90th percentile of
+the rounds' ratios). The pre-stage cost of a stage with N samples follows from it: probe and features of 1 % of them (at least the
+minimum) and the autoencoder, over N training samples. The co-expert of a sample is looked up once, in its first epoch.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mcit_lightning.loss import answer_loss
+from mcit_lightning.probe import gradient_scores
+from mcit_lightning.stages import sequential_stages
+from mcit_lightning.strategies import DMoLE, DMoLEConfig
+from mcit_lightning.towers import Towers
+
+TASKS = ["first", "second", "third"]
+IMAGE = 3
+CLIP_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj"]
+DINO_NAMES = ["query", "key", "value", "attention.output.dense"]
+
+
+def build(shape: str, divide: int) -> tuple[LlavaForConditionalGeneration, list[str]]:
+    """A random model of a shape with a fraction of its layers, and the names of its tower's attention linears."""
+    if shape == "quickstart":
+        vision: Any = Dinov2Config(
+            hidden_size=384, num_hidden_layers=8 // divide, num_attention_heads=6, image_size=84, patch_size=14
+        )
+        text = LlamaConfig(
+            vocab_size=49160,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30 // divide,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+        )
+        layer, names = -1, DINO_NAMES
+    else:
+        vision = CLIPVisionConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24 // divide,
+            num_attention_heads=16,
+            image_size=336,
+            patch_size=14,
+        )
+        text = LlamaConfig(
+            vocab_size=32064,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32 // divide,
+            num_attention_heads=32,
+        )
+        layer, names = -2, CLIP_NAMES
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=layer)
+    return LlavaForConditionalGeneration(config), names
+
+
+def make_batch(
+    model: LlavaForConditionalGeneration, size: int, question: int, answer: int, number: int
+) -> dict[str, Any]:
+    """A training batch of one image, a question and an answer per row."""
+    vision, device = model.config.vision_config, model.device
+    tokens = (vision.image_size // vision.patch_size) ** 2
+    length = 4 + tokens + question + answer
+    ids = torch.randint(10, 1000, (size, length), device=device)
+    ids[:, 4 : 4 + tokens] = IMAGE
+    first = length - answer
+    rows = torch.arange(size, device=device).repeat_interleave(answer)
+    columns = torch.arange(first, length, device=device).repeat(size)
+    pixels = torch.randn(size, 3, vision.image_size, vision.image_size, device=device, dtype=model.dtype)
+    return {
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels},
+        "targets": ids[rows, columns],
+        "positions": rows * length + columns - 1,
+        "rows": rows,
+        "num_images": [1] * size,
+        "id": [str(row) for row in range(size)],
+        "index": [number * size + row for row in range(size)],
+    }
+
+
+def prompts(batch: dict[str, Any], answer: int) -> dict[str, Any]:
+    """The same rows as an evaluation batch."""
+    inputs = dict(batch["inputs"])
+    for name in ("input_ids", "attention_mask"):
+        inputs[name] = inputs[name][:, :-answer]
+    return {
+        "inputs": inputs,
+        "num_images": batch["num_images"],
+        "id": batch["id"],
+        "task": ["third"] * len(batch["id"]),
+    }
+
+
+def learnt(towers: Towers, names: list[str], rank: int) -> DMoLE:
+    """The strategy after two tasks, at the start of the third, with random scores."""
+    targets = {"vision": names, "language": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    strategy = DMoLE(DMoLEConfig(rank=rank, alpha=2.0 * rank, dropout=0.0, targets=targets))
+    for stage in sequential_stages(TASKS):
+        paths = [path for paths in strategy.candidates(towers).values() for path in paths]
+        scores = torch.rand(len(paths), generator=torch.Generator().manual_seed(stage.index)) + 0.1
+        strategy.scores = dict(zip(paths, scores.tolist(), strict=True))
+        strategy.grow(towers, strategy.plan(stage, towers))
+    return strategy
+
+
+def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds per sample of every part, as lists over the rounds."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    model, names = build(shape, options.divide)
+    model = model.to(device, dtype).eval().requires_grad_(False)
+    towers = Towers.of(model)
+    strategy = learnt(towers, names, options.rank)
+    for parameter in strategy.trainable(towers, sequential_stages(TASKS)[-1]):
+        parameter.requires_grad_(True)
+    size, answer = options.batch_size, options.answer
+    batches = [make_batch(model, size, options.question, answer, number) for number in range(2)]
+    asked = prompts(batches[0], answer)
+    features = torch.cat([strategy.features(towers, batch) for batch in batches])
+    samples = features.repeat(-(-options.router_samples // len(features)), 1)[: options.router_samples]
+    samples = samples + samples.std() * torch.randn_like(samples)
+    for stage in sequential_stages(TASKS):
+        strategy.fit_router(stage, samples)
+    paths = [path for paths in strategy.candidates(towers).values() for path in paths]
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def train() -> None:
+        with autocast(), strategy.routing(towers, batches[0], "third"):
+            loss = answer_loss(model, batches[0]).loss
+        loss.backward()
+        model.zero_grad()
+
+    def co_experts() -> None:
+        strategy._helpers.clear()
+        with torch.no_grad(), autocast(), strategy.routing(towers, batches[0], "third"):
+            pass
+
+    def probe() -> None:
+        gradient_scores(towers, paths, batches[:1], size, context=autocast)
+
+    def route() -> None:
+        with torch.no_grad(), autocast(), strategy.routing(towers, asked, None):
+            pass
+
+    def generate() -> None:
+        with torch.no_grad(), autocast():
+            model.generate(  # type: ignore[operator]
+                **asked["inputs"],
+                do_sample=False,
+                min_new_tokens=options.new_tokens,
+                max_new_tokens=options.new_tokens,
+                pad_token_id=0,
+                suppress_tokens=[IMAGE],
+            )
+
+    def fit() -> None:
+        strategy.fit_router(sequential_stages(TASKS)[-1], samples)
+
+    parts: dict[str, tuple[Callable[[], None], int]] = {
+        "training step": (train, size),
+        "probe": (probe, size),
+        "features": (lambda: strategy.features(towers, batches[0]) is None, size),  # type: ignore[dict-item]
+        "co-expert": (co_experts, size),
+        "autoencoder": (fit, options.router_samples),
+        "routing": (route, size),
+        "generation": (generate, size),
+    }
+    for run, _ in parts.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for _ in range(options.rounds):
+        for name, (run, count) in parts.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append((time.perf_counter() - began) / count)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    return {"shape": shape, "seconds": seconds, "peak_memory_bytes": peak}
+
+
+def pre_stage(median: dict[str, float], rows: int) -> float:
+    """Probe, features and autoencoder of a stage with so many samples, relative to its training (one epoch)."""
+    config = DMoLEConfig()
+    probed = min(rows, max(config.proxy_minimum, round(config.proxy_fraction * rows)))
+    seen = min(rows, max(config.router_minimum, round(config.router_fraction * rows)))
+    cost = probed * median["probe"] + seen * (median["features"] + median["autoencoder"])
+    return cost / (rows * median["training step"])
+
+
+def main() -> None:
+    """Command line of the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["quickstart"], choices=["quickstart", "llava7b"])
+    parser.add_argument("--divide", type=int, default=1, help="take only this fraction of the layers of both towers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--question", type=int, default=20, help="tokens of a question, the template's included")
+    parser.add_argument("--answer", type=int, default=4, help="tokens of a training answer")
+    parser.add_argument("--new-tokens", type=int, default=8, help="tokens to generate per sample")
+    parser.add_argument("--router-samples", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    options = parser.parse_args()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    found = [measure(shape, options) for shape in options.shapes]
+    console = Console(file=sys.stdout)
+    for result in found:
+        seconds = result["seconds"]
+        median = {name: statistics.median(values) for name, values in seconds.items()}
+        table = Table(
+            title=f"{result['shape']} / {options.divide}, {options.device}, {options.dtype}, torch {torch.__version__}"
+        )
+        for column in ("part", "ms per sample", "relative to a training sample", "10-90 %"):
+            table.add_column(column, justify="left" if column == "part" else "right")
+        for name, values in seconds.items():
+            ratios = sorted(a / b for a, b in zip(values, seconds["training step"], strict=True))
+            low, high = ratios[round(0.1 * (len(ratios) - 1))], ratios[round(0.9 * (len(ratios) - 1))]
+            ratio = median[name] / median["training step"]
+            table.add_row(name, f"{1000 * median[name]:.2f}", f"{ratio:.3f}", f"{low:.3f}-{high:.3f}")
+        console.print(table)
+        result["pre_stage"] = {rows: pre_stage(median, rows) for rows in (20_000, 50_000, 150_000)}
+        result["routing_share"] = median["routing"] / median["generation"]
+        stages = ", ".join(f"{rows:,} samples {100 * share:.2f} %" for rows, share in result["pre_stage"].items())
+        console.print(f"pre-stage cost over one epoch of training: {stages}")
+        console.print(f"routing over generation of {options.new_tokens} tokens: {100 * result['routing_share']:.1f} %")
+        if result["peak_memory_bytes"]:
+            console.print(f"peak memory {result['peak_memory_bytes'] / 2**30:.1f} GiB")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
