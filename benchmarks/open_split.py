@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--images", type=int, default=80_000, help="different image files that the rows name")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--folder", type=Path, default=None, help="where the files are written (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the files are written (default: a temporary folder)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="write the numbers there as JSON too")
     parser.add_argument("--measure", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -10,13 +10,16 @@ from PIL import Image
 from rich.console import Console
 
 from callbacks.base import evaluated_stage
+from mcit_lightning.allocation import natural
 from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, write_part
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.evaluation.routing import routing_summary
 from mcit_lightning.evaluation.table import stage_table
 from mcit_lightning.loggers import StageTensorBoardLogger
+from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
 from mcit_lightning.stages import Stage
+from mcit_lightning.towers import TOWERS, Towers
 
 
 class BackwardTransfer(L.Callback):
@@ -28,7 +31,7 @@ class BackwardTransfer(L.Callback):
     processes each writes its share of the predictions; rank zero joins them and checks that every row was evaluated
     exactly once.
 
-    The module must have `results`, the data module `stage`, `test_tasks` and `split`.
+    The module must have `results`, `structure`, `towers` and `eval_seconds`, the data module `stage`, `test_tasks` and `split`.
 
     Raises:
         RuntimeError: predictions are missing or repeated (on every rank, after rank zero has counted).
@@ -85,9 +88,14 @@ class BackwardTransfer(L.Callback):
                 learnt = results.tasks[: stage.row + 1]
                 routing = routing_summary(root, stage.folder, list(self._rows), learnt)
             if routing is not None:
-                per_stage = {**(results.routing or {}).get("per_stage", {}), stage.name: routing["accuracy"]}
-                results.routing = {**routing, "per_stage": per_stage}
+                before = results.routing or {}
+                results.routing = {
+                    **routing,
+                    "per_stage": {**before.get("per_stage", {}), stage.name: routing["accuracy"]},
+                    "rejected_per_stage": {**before.get("rejected_per_stage", {}), stage.name: routing["rejected"]},
+                }
         if trainer.is_global_zero:
+            _enter_structure(results, pl_module.structure, pl_module.towers)  # type: ignore[arg-type]
             self._publish(trainer, root, results, stage)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -140,6 +148,21 @@ class _Images:
             return None
         image = split[position].images[0]
         return Path(image) if isinstance(image, str) else image.open()
+
+
+def _enter_structure(results: Results, structure: StructureLog, towers: Towers) -> None:
+    """Say which modules of the evaluated model have which branches, and what froze after which stage."""
+    plans = [entry for entry in structure.entries if isinstance(entry, TaskPlan)]
+    paths = {path for plan in plans for path in (*plan.ranks, *plan.extra.get("scores", {}))}
+    results.modules = {}
+    for tower in TOWERS:
+        own = sorted((path for path in paths if towers.tower_of(path) == tower), key=natural)
+        if own:
+            adapters = (towers.adapters.get(path) for path in own)
+            names = ([] if layer is None else list(layer.lora_b) for layer in adapters)
+            results.modules[tower] = dict(zip(own, names, strict=True))
+    records = [entry for entry in structure.entries if isinstance(entry, FreezeRecord)]
+    results.freezing = {record.stage: record.branches for record in records}
 
 
 def _root(trainer: L.Trainer) -> Path:

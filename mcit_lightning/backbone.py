@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mcit_lightning.config import BackboneConfig
+from mcit_lightning.processors import read_processor
 from mcit_lightning.towers import Towers
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Backbone:
 def load_processor(config: BackboneConfig) -> ProcessorMixin:
     """The processor alone; see `load_backbone`."""
     with _explained(config):
-        return AutoProcessor.from_pretrained(config.id, **_hub_arguments(config))
+        return read_processor(config.id, config.image_processor, **_hub_arguments(config))
 
 
 def load_backbone(config: BackboneConfig, *, precision: str = "32-true") -> Backbone:
@@ -35,7 +36,7 @@ def load_backbone(config: BackboneConfig, *, precision: str = "32-true") -> Back
         precision: Lightning's precision, which decides the data type of the base when `dtype` is `auto`.
 
     Raises:
-        ValueError: nothing can be loaded under `id`, or it is not a LLaVA-style model.
+        ValueError: nothing can be loaded under `id`, it is not a LLaVA-style model, or a package that it needs is missing.
     """
     processor = load_processor(config)
     arguments = _hub_arguments(config)
@@ -96,6 +97,10 @@ class _explained:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, ImportError):
+            raise ValueError(
+                f"backbone.id: {self.config.id!r} needs a package that is not installed: {str(error).strip().splitlines()[0]}"
+            ) from error
         if isinstance(error, OSError | ValueError | KeyError):
             raise ValueError(
                 f"backbone.id: cannot load {self.config.id!r} (revision {self.config.revision or 'main'}): "

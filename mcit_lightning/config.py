@@ -27,6 +27,12 @@ class BackboneConfig:
     """Tune the projector between the towers together with the adapters."""
     projector: str | None = None
     """Dotted path of the projector inside the model; None finds it for the known LLaVA-style families."""
+    targets: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Tower -> names for groups of its linears -> the ends of their paths, for example `vision: {attention: [qkv, proj]}`. A
+    strategy's `targets` may say `attention` instead of a family's own names."""
+    image_processor: dict[str, Any] = field(default_factory=dict)
+    """Settings of the checkpoint's image processor that are changed, for example InternVL's `{max_patches: 6}` or Qwen-VL's
+    `{size: {shortest_edge: 3136, longest_edge: 1003520}}` (pixels)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint. Never switched on by the framework."""
 
@@ -83,11 +89,23 @@ class TaskConfig:
     test: str | None = None
     images: str = ""
     """Folder, relative to `data.root`, to which the rows' image paths are relative."""
+    test_images: str | None = None
+    """The same for the test rows where their images lie elsewhere; None for the same folder."""
     format: Literal["auto", "json", "jsonl", "hf"] = "auto"
     """`auto` decides by the file's ending."""
     columns: dict[str, str] = field(default_factory=dict)
     """For `hf`: our field name (`id`, `image`, `question`, `answer`) to the dataset's column."""
+    malformed: Literal["refuse", "skip"] = "refuse"
+    """What becomes of a row that is not as its format asks: `refuse` ends the run before it starts; `skip` leaves it out, counts
+    it and says so."""
+    references: str | None = None
+    """File, relative to `data.root`, with the answers to the test rows where the benchmark keeps them apart: COCO captions, VQA
+    annotations, TextVQA's or DocVQA's `data`, GQA's questions, ScienceQA's problems, or test rows."""
     metric: str = "exact_match"
+    metric_mode: Literal["fixed", "published"] = "fixed"
+    """`published` scores as the benchmark's own script does, defects included (see the metric's docstring)."""
+    metric_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the metric, for example `{tokenizer: words}` for captions."""
     epochs: int = 1
     batch_size: int | None = None
     lr: float | None = None
@@ -123,6 +141,8 @@ class ExperimentConfig:
     overwrite: bool = False
     """Start over in a run directory that holds a finished or different run (the old one is deleted). An interrupted run of this
     configuration continues all the same."""
+    dry_run: bool = False
+    """Print the plan (tasks, steps, adapters, memory, missing files) and stop: nothing is loaded, trained or written."""
     zero_shot: bool = True
     """Evaluate the pretrained model on every task before training."""
     evaluate: Literal["seen", "all"] = "seen"

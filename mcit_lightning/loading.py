@@ -82,6 +82,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
         raise ValueError(f"{path}: {_first_line(error)}") from error
     assert isinstance(config, ExperimentConfig)
     config.order = [find_task(name, config.tasks) or name for name in config.order or config.tasks]
+    _name_targets(config)
     for name in config.imports:
         try:
             importlib.import_module(name)
@@ -176,6 +177,17 @@ def _override(merged: DictConfig, override: str) -> None:
         OmegaConf.update(merged, key, value, merge=key != "strategy")
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"override {override!r}: {_first_line(error)}") from error
+
+
+def _name_targets(config: ExperimentConfig) -> None:
+    """Replace the names of groups in the strategy's targets by the linears that the backbone has under them."""
+    targets = config.strategy.get("targets")
+    if not isinstance(targets, dict):
+        return
+    for tower, names in targets.items():
+        groups = config.backbone.targets.get(str(tower), {})
+        if isinstance(names, list):
+            targets[tower] = [linear for name in names for linear in groups.get(name, [name])]
 
 
 def _check_keys(content: Any, schema: Any, source: str, prefix: str) -> None:

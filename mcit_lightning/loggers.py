@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 from typing_extensions import override
 
-from mcit_lightning.evaluation.figures import matrix_image
+from mcit_lightning.evaluation.figures import matrix_image, placement_image
 from mcit_lightning.evaluation.results import Results
 
 CURVES = "forgetting"
@@ -75,7 +75,7 @@ class StageTensorBoardLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_forgetting(self, results: Results, stage: int) -> None:
-        """Add the scores and summaries after a stage to the curves, and the matrix as a picture.
+        """Add the scores and summaries after a stage to the curves; the matrix, and where experts were placed, as pictures.
 
         Args:
             results: the results, the stage's included.
@@ -93,6 +93,8 @@ class StageTensorBoardLogger(TensorBoardLogger):
         for row in rows:
             self._log_row(results, row)
         self.experiment.add_image("accuracy_matrix", matrix_image(results.matrix), stage, dataformats="HWC")
+        if results.allocation and results.modules:
+            self.experiment.add_image("placement", placement_image(results), stage, dataformats="HWC")
         self.experiment.flush()
 
     def _log_row(self, results: Results, stage: int) -> None:

@@ -4,25 +4,34 @@ The processors of InternVL, SmolVLM, LLaVA-OneVision and Qwen-VL also read video
 where no video is ever given. The classes here are the same processors without that part.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 import transformers
-from transformers import PROCESSOR_MAPPING, AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import PROCESSOR_MAPPING, AutoConfig, AutoImageProcessor, AutoProcessor, ProcessorMixin
+
+from mcit_lightning.registry import nearest
 
 VIDEO = "video_processor"
 
 
 class ImagesOnly:
-    """Goes in front of a processor class: it then has no video processor, neither to be loaded nor to be given."""
+    """Goes in front of a processor class: it then has no video processor to load."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
         """The parts that the processor is put together from."""
         return [name for name in super().get_attributes() if name != VIDEO]  # type: ignore[misc]
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, video_processor: Any = None, **options: Any):
-        super().__init__(image_processor, tokenizer, None, **options)  # type: ignore[call-arg]
+    @classmethod
+    def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The processor from its loaded parts and its saved options, whatever these say of videos."""
+        return super().from_args_and_dict(args, {**processor_dict, VIDEO: None}, **kwargs)  # type: ignore[misc]
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """The conversation as text; SmolVLM's own method would ask the video processor first."""
+        return ProcessorMixin.apply_chat_template(self, conversation, *args, **kwargs)  # type: ignore[arg-type]
 
 
 @cache
@@ -41,17 +50,28 @@ def __getattr__(name: str) -> type[ProcessorMixin]:
     return images_only(name)
 
 
-def read_processor(name: str, **arguments: Any) -> ProcessorMixin:
+def read_processor(name: str, images: Mapping[str, Any] | None = None, **arguments: Any) -> ProcessorMixin:
     """The processor of a checkpoint.
 
     Args:
         name: a local folder or a hub name.
+        images: settings of the image processor that replace the checkpoint's.
         arguments: of `from_pretrained`: `revision`, `trust_remote_code`.
 
     Raises:
-        OSError, ValueError: as `from_pretrained`.
+        ValueError: the image processor has no such setting.
+        OSError: as `from_pretrained`.
     """
-    known = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name, **arguments)))
-    if known is None:
-        return AutoProcessor.from_pretrained(name, **arguments)
-    return images_only(known.__name__).from_pretrained(name, **arguments)
+    known: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(name, **arguments)), None)
+    cls = AutoProcessor if known is None else images_only(known.__name__)
+    processor = cls.from_pretrained(name, **arguments)
+    if images:
+        settings = processor.image_processor.to_dict()
+        for key, value in images.items():
+            if key not in settings:
+                raise ValueError(
+                    f"image_processor.{key} (value {value!r}): {type(processor.image_processor).__name__} has no such "
+                    f"setting. {nearest(key, settings)}"
+                )
+        processor.image_processor = AutoImageProcessor.from_pretrained(name, **arguments, **images)
+    return processor

@@ -78,7 +78,7 @@ def test_image_without_token_and_several_images() -> None:
 def test_test_rows() -> None:
     sample = parse_row({**TEST_ROW, "answer": ["cat", "a cat"], "size": [1, 2]}, PLACE, task="t", split="test")
     assert (sample.id, sample.turns, sample.reference) == ("q1", (("user", "What?"),), ["cat", "a cat"])
-    assert sample.extra == {"size": [1, 2]}
+    assert sample.extra == {"size": [1, 2], "text": "What?"}
     sample = parse_row(row(), PLACE, task="t", split="test")
     assert (sample.turns, sample.reference) == ((("user", "What?"),), "A cat.")
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from mcit_lightning.evaluation.colours import TASK_DARK, TASK_LIGHT, contrast, ink, score_colour
 from mcit_lightning.evaluation.figures import matrix_image
-from mcit_lightning.evaluation.formatting import bytes_text, count_text, number_text, seconds_text
+from mcit_lightning.evaluation.formatting import amount_text, bytes_text, count_text, number_text, seconds_text
 from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, write_part
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
@@ -152,8 +152,8 @@ def test_the_last_task_and_joint_runs_show_one_answer(tmp_path):
     assert all(sample.learnt is sample.final for sample in choose_samples(tmp_path, joint, "alpha"))
     page, _ = parse(write_report(tmp_path, joint, ""))
     assert (
-        '<th scope="row"><span>joint</span>' in page and page.count("<tr>") == 4
-    )  # two heads, the matrix and the cost
+        '<th scope="row"><span>joint</span>' in page and page.count("<tr>") == 6
+    )  # a head and a row: the matrix, the cost of training and that of evaluation
     assert "Forgetting curves" not in page and "Plasticity" not in page
     assert joint.to_csv().splitlines() == ["after,alpha,gamma", "alpha,,", "joint,50.0000,"]
 
@@ -208,8 +208,13 @@ def test_numbers_for_reading():
     assert [number_text(v) for v in (None, -0.04, -3.25, 99.96)] == ["–", "0.0", "−3.2", "100.0"]
     assert [number_text(v, signed=True) for v in (1.0, -1.0, 0.0)] == ["+1.0", "−1.0", "0.0"]
     assert [count_text(v) for v in (None, 7, 1234, 7_062_000_000)] == ["–", "7", "1.23 k", "7.06 G"]
-    assert [seconds_text(v) for v in (None, 4.12, 59.96, 200, 3725)] == [
+    assert [amount_text(v) for v in (None, 0.0740, 2.3381, 112.4, 1.2e-7)] == ["–", "0.0740", "2.34", "112", "1.20e−07"]
+    assert [seconds_text(v) for v in (None, 0.0, 0.00394, 0.0124, 0.0994, 4.12, 59.96, 200, 3725)] == [
         "–",
+        "0.0 ms",
+        "3.9 ms",
+        "12 ms",
+        "99 ms",
         "4.1 s",
         "1 min 00 s",
         "3 min 20 s",
@@ -249,6 +254,10 @@ def test_summaries_and_cost_fit_eighty_columns():
     assert [line.split()[0] for line in lines] == ["MFT", "forgetting", "trainable", "evaluation"]
     assert "training 123 h 00 min" in lines[2]
     assert lines[3] == "evaluation 123 h 00 min  peak memory 1023 MiB"
+    cost.proxy_seconds = cost.router_seconds = 3661.0
+    console.print(stage_table(results))
+    text = console.export_text()
+    assert "probe 1 h 01 min  router 1 h 01 min" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_predictions_file_is_sorted(tmp_path):

@@ -45,6 +45,50 @@ def test_round_trip(results, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
+NEW = ("allocation", "modules", "freezing")
+NEW_COST = ("proxy_seconds", "router_seconds", "routing_seconds_per_sample", "generation_seconds_per_sample")
+
+
+def test_what_a_strategy_decided_survives_with_the_order_of_stages_and_modules(results, tmp_path):
+    results.modules = {"vision": {"v.10": [], "v.9": ["x"]}, "language": {"l.2": ["x", "y"]}}
+    results.freezing = {"b": {"l.2": ["y"]}, "a, first": {"l.2": ["x", "y"]}}
+    results.allocation = {"b": {"ratios": {"vision": 0.5}, "ranks": {"v.9": 4, "l.2": 4}}}
+    results.cost[0].router_seconds = 1.5
+    results.save(tmp_path)
+    loaded = Results.load(tmp_path)
+    assert loaded.to_dict() == results.to_dict()
+    assert list(loaded.freezing) == ["b", "a, first"] and list(loaded.modules["vision"]) == ["v.10", "v.9"]
+    assert (loaded.cost[0].router_seconds, loaded.cost[1].router_seconds) == (1.5, None)
+
+
+def test_a_file_of_an_older_version_loads(results, tmp_path):
+    results.save(tmp_path)
+    path = tmp_path / "results.json"
+    values = json.loads(path.read_text())
+    for key in NEW:
+        del values[key]
+    for row in values["cost"]:
+        for key in NEW_COST:
+            del row[key]
+    path.write_text(json.dumps(values))
+    loaded = Results.load(tmp_path)
+    assert loaded.to_dict() == results.to_dict()
+    loaded.save(tmp_path)
+    assert set(json.loads(path.read_text())) >= set(NEW)
+
+
+def test_a_file_of_a_newer_version_is_refused_by_the_name_of_the_key(results, tmp_path):
+    results.save(tmp_path)
+    path = tmp_path / "results.json"
+    values = json.loads(path.read_text())
+    values["cost"][1] |= {"watts": 3, "joules": 4}
+    path.write_text(json.dumps(values))
+    expected = r"results\.json: cost: unknown key joules, watts; a newer version .* wrote the file.*overwrite=true"
+    with pytest.raises(ValueError, match=expected) as error:
+        Results.load(tmp_path)
+    assert "damaged" not in str(error.value)
+
+
 def test_csv_has_a_row_per_stage_and_empty_cells(results, tmp_path):
     results.save(tmp_path)
     with (tmp_path / "accuracy_matrix.csv").open(newline="") as file:

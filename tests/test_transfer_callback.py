@@ -1,6 +1,7 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from mcit_lightning.data.records import Sample
 from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, read_predictions, write_part
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.loggers import StageTensorBoardLogger
+from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
 from mcit_lightning.stages import sequential_stages
 
 TASKS = ["a", "b"]
@@ -81,6 +83,10 @@ class Tiny(LightningModule):
         self.results = Results("exp", "sequential", "tiny", 0, TASKS, dict.fromkeys(TASKS, "exact_match"))
         self.knows = ""
         self.scores = {}
+        self.routes = None
+        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
+        self.structure = StructureLog()
+        self.towers = SimpleNamespace(adapters={}, tower_of=lambda path: "language")
 
     def saved_keys(self):
         return {"adapter.weight"}
@@ -97,6 +103,7 @@ class Tiny(LightningModule):
 
     def on_test_start(self):
         self.scores = {}
+        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         rows = []
@@ -111,8 +118,11 @@ class Tiny(LightningModule):
                     "answer": "yes",
                     "score": score,
                     "task": task,
+                    **({} if self.routes is None else {"routed_to": self.routes[task]}),
                 }
             )
+        self.eval_seconds["routing"] += 0.5 * len(rows)
+        self.eval_seconds["generation"] += 2.0 * len(rows)
         return rows[::-1]
 
     def on_test_epoch_end(self):
@@ -163,6 +173,7 @@ def test_a_whole_run(parts, capsys):
         assert (cost.trainable_params, cost.stored_params) == (2, 2)
         assert cost.train_seconds > 0 and cost.eval_seconds > 0 and cost.peak_memory_bytes > 2**20
         assert cost.train_samples_per_second == pytest.approx(10 / cost.train_seconds)
+        assert (cost.routing_seconds_per_sample, cost.generation_seconds_per_sample) == (0.5, 2.0)
         assert cost.eval_samples_per_second == pytest.approx(5 * (row + 1) / cost.eval_seconds)
 
     files = {
@@ -180,6 +191,21 @@ def test_a_whole_run(parts, capsys):
     events.Reload()
     assert [event.step for event in events.Scalars("forgetting/a")] == [0, 1, 2]
     assert "BWT −80.00" in capsys.readouterr().out
+
+
+def test_routing_and_structure_are_collected_over_the_stages(parts):
+    root, module, stream, logger = parts
+    module.structure.append(TaskPlan("a", ranks={"lm.0": 4}))
+    module.structure.append(FreezeRecord("a", {"lm.0": ["e0"]}))
+    for index, routes in enumerate([{"a": ["a"], "b": []}, {"a": ["b", "a"], "b": ["b"]}]):
+        stream.index, module.routes = index, routes
+        trainer(root, stream.stage.folder, logger).test(module, datamodule=stream, verbose=False)
+    routing = Results.load(root).routing
+    assert routing["per_stage"] == {"a": 100.0, "b": 50.0}
+    assert routing["rejected_per_stage"] == {"a": {"a": 0.0, "b": 100.0}, "b": {"a": 0.0, "b": 0.0}}
+    assert (routing["accuracy"], routing["among"], routing["experts"]) == (50.0, 100.0, {"a": 2.0, "b": 1.0})
+    assert Results.load(root).modules == {"language": {"lm.0": []}}
+    assert Results.load(root).freezing == {"a": {"lm.0": ["e0"]}}
 
 
 def test_train_seconds_outlive_a_resume_and_leave_out_validation(parts):

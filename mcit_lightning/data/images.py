@@ -6,6 +6,8 @@ from PIL import Image, UnidentifiedImageError
 
 from mcit_lightning.data.records import ImageSource, Sample
 
+Listings = dict[str, list[frozenset[str]]]
+
 
 class ImageFolder:
     """Where a task's images are: below `root/folder`, or, if a name is not there, below `root`.
@@ -18,27 +20,30 @@ class ImageFolder:
 
     def path(self, name: str) -> str:
         """The file of `name`; the first candidate where there is none."""
-        candidates = self._candidates(name)
+        candidates = [os.path.normpath(os.path.join(base, name)) for base in self._bases]
         return next((path for path in candidates if os.path.isfile(path)), candidates[0])
 
-    def missing(self, name: str, listings: dict[str, frozenset[str]]) -> str | None:
+    def missing(self, name: str, listings: Listings) -> str | None:
         """The path at which `name` was expected, if it is nowhere.
 
         Args:
             name: as in the row.
-            listings: folder to the names in it. Filled here, so that many images cost one listing per folder.
+            listings: the folder part of names to the entries of the folders that it may mean. Filled here, so that many
+                images cost one listing per folder.
         """
-        candidates = self._candidates(name)
-        for path in candidates:
-            folder, base = os.path.split(path)
-            if folder not in listings:
-                listings[folder] = frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
-            if base in listings[folder]:
+        split = name.rfind("/") + 1
+        folder, base = name[:split], name[split:]
+        lists = listings.setdefault(folder, [])
+        for number, root in enumerate(self._bases):
+            if number == len(lists):
+                lists.append(_entries(os.path.normpath(os.path.join(root, folder))))
+            if base in lists[number]:
                 return None
-        return candidates[0]
+        return os.path.normpath(os.path.join(self._bases[0], name))
 
-    def _candidates(self, name: str) -> list[str]:
-        return [os.path.normpath(os.path.join(base, name)) for base in self._bases]
+
+def _entries(folder: str) -> frozenset[str]:
+    return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
 def load_image(source: ImageSource, sample: Sample) -> Image.Image:

@@ -80,7 +80,8 @@ class ChatTemplate(PromptTemplate):
     """The processor's own chat template.
 
     How it opens an answer, and which special token it writes after one, is found by rendering a short conversation
-    once.
+    once. Some templates (LLaVA-OneVision's) put other white space before an answer that was given than before one that is
+    asked for; the latter counts, since that is what the model sees in evaluation.
 
     Raises:
         ValueError: the processor has no chat template, or one in which an answer does not follow its generation prompt.
@@ -95,8 +96,9 @@ class ChatTemplate(PromptTemplate):
             )
         prompt = self._render(["?"], [], 0)
         whole = self._render(["?"], [_PROBE], 0)
-        self.lead, found, tail = whole.removeprefix(prompt).partition(_PROBE)
-        if not whole.startswith(prompt) or not found or self.lead.strip():
+        opening, found, tail = whole.partition(_PROBE)
+        self.lead = opening.removeprefix(prompt) if opening.startswith(prompt) else ""
+        if not found or opening.split() != prompt.split():
             raise ValueError(
                 "prompt.template is 'chat', but the processor's chat template does not write an answer right after its "
                 f"generation prompt (prompt {prompt!r}, with an answer {whole!r}). Set prompt.template to vicuna or plain."
@@ -114,14 +116,15 @@ class ChatTemplate(PromptTemplate):
         for number in range(1, len(users) + 1):
             history = [answer for answer in answers[: number - 1] if answer is not None]
             rendered = self._render(users[:number], history, num_images)
-            if not rendered.startswith(before):
+            added = _after(before, rendered)
+            if added is None:
                 raise ValueError(
                     "The processor's chat template rewrites earlier turns of a conversation, so several turns cannot be "
                     f"learnt from one text (expected {before!r} at the start of {rendered!r}). Set prompt.template to "
                     "vicuna or plain, or give one question per row."
                 )
             answer = answers[number - 1]
-            pieces.append(Piece(rendered[len(before) :], answer))
+            pieces.append(Piece(added, answer))
             before = rendered + self.lead + (answer or "") + self._closing
         return pieces
 
@@ -134,6 +137,20 @@ class ChatTemplate(PromptTemplate):
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": answers[number]}]})
         asks = len(answers) < len(users)
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
+
+
+def _after(start: str, text: str) -> str | None:
+    """What follows `start` in `text`, white space inside `start` left out of account; None if `text` begins otherwise."""
+    if text.startswith(start):
+        return text[len(start) :]
+    position = 0
+    for character in "".join(start.split()):
+        while text[position : position + 1].isspace():
+            position += 1
+        if text[position : position + 1] != character:
+            return None
+        position += 1
+    return text[position:]
 
 
 def build_template(config: PromptConfig, processor: Any) -> PromptTemplate:

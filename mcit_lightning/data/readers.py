@@ -1,7 +1,7 @@
 """Files of rows. A file is read once from end to end; afterwards only the rows' byte offsets stay in memory."""
 
+import difflib
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +9,12 @@ from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
+from mcit_lightning.data.jsonscan import BOM, encoding_error, refuse_half_characters, scan_array, syntax_error
+
 Format = Literal["json", "jsonl", "hf"]
 Visit = Callable[[int, Any], None]
+Skip = Callable[[int, ValueError], None]
 ENDINGS: dict[str, Format] = {".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "hf"}
-BOM = b"\xef\xbb\xbf"
-
-_SPACE = re.compile(r"[ \t\r\n]*")
 
 
 class Rows(Protocol):
@@ -51,7 +51,14 @@ class FileRows:
         start, end = int(self._starts[index]), int(self._ends[index])
         with self.path.open("rb") as file:
             file.seek(start)
-            return json.loads(file.read(end - start))
+            content = file.read(end - start)
+        try:
+            return json.loads(content)
+        except ValueError as error:  # it was read once without
+            raise ValueError(
+                f"{self.source}, row {index + 1}: is no JSON any more ({error}). The file has changed since the run began; "
+                "restore it and run the same command again."
+            ) from None
 
 
 def file_format(path: str, declared: str, key: str) -> Format:
@@ -71,32 +78,67 @@ def file_format(path: str, declared: str, key: str) -> Format:
     return ENDINGS[ending]
 
 
-def read_file(path: Path, file_format: Literal["json", "jsonl"], key: str, visit: Visit) -> FileRows:
+def read_file(
+    path: Path, file_format: Literal["json", "jsonl"], key: str, visit: Visit, skip: Skip | None = None
+) -> FileRows:
     """Index `path`, calling `visit(index, row)` for every row while it is parsed.
+
+    Memory: the offsets, a few MiB of the file, and what `visit` keeps.
 
     Args:
         path: a JSON array or JSON lines, UTF-8.
         file_format: which of the two.
         key: the configuration key that names the file, for messages.
         visit: sees each row once; whatever it raises ends the reading.
+        skip: sees, in place of `visit`, the rows of a JSON-lines file that are no JSON, with the error. Without it, and in
+            a JSON array, whose rows after a syntax error cannot be told apart, such a row ends the reading.
 
     Raises:
         ValueError: the file is missing, is not UTF-8, has a syntax error (with line and column) or no list on top.
     """
-    if not path.is_file():
-        raise ValueError(
-            f"{key}: the file {path} does not exist. Correct {key} (it is relative to data.root) or data.root."
-        )
-    scan = _scan_json if file_format == "json" else _scan_lines
+    check_file(path, key)
     starts, ends = array("q"), array("q")
-    for index, (start, end, row) in enumerate(scan(path, key)):
+    if file_format == "json":
+        for index, (start, end, row) in enumerate(scan_array(path, key)):
+            starts.append(start)
+            ends.append(end)
+            visit(index, row)
+        return FileRows(path, starts, ends)
+    for index, (start, end, row, error) in enumerate(_scan_lines(path, key)):
         starts.append(start)
         ends.append(end)
-        visit(index, row)
+        if error is None:
+            visit(index, row)
+        elif skip is not None:
+            skip(index, error)
+        else:
+            raise error
     return FileRows(path, starts, ends)
 
 
-def _scan_lines(path: Path, key: str) -> Iterator[tuple[int, int, Any]]:
+def check_file(path: Path, key: str) -> None:
+    """Refuse a path that is no file, naming what is there under a similar name.
+
+    Published folders are called `CLEVR` or `CLEVR-Math`, `VizWiz` or `VizWiz-caption`, depending on who copied them.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if path.is_file():
+        return
+    there, absent = path, ""
+    while not there.exists() and there != there.parent:
+        there, absent = there.parent, there.name
+    names = sorted(entry.name for entry in there.iterdir()) if absent and there.is_dir() else []
+    starts = [name for name in names if absent.startswith(Path(name).stem) or name.startswith(Path(absent).stem)]
+    close = starts or difflib.get_close_matches(absent, names, n=1)
+    hint = f" {there} has {close[0]!r}, not {absent!r}." if close else ""
+    raise ValueError(
+        f"{key}: the file {path} does not exist.{hint} Correct {key} (it is relative to data.root) or data.root."
+    )
+
+
+def _scan_lines(path: Path, key: str) -> Iterator[tuple[int, int, Any, ValueError | None]]:
     position = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -106,74 +148,26 @@ def _scan_lines(path: Path, key: str) -> Iterator[tuple[int, int, Any]]:
             if not content:
                 continue
             try:
-                row = json.loads(content)
-            except json.JSONDecodeError as error:
-                raise _syntax_error(path, key, error.msg, number, error.colno) from None
-            except UnicodeDecodeError as error:
-                raise _encoding_error(path, key, error) from None
-            yield start, position, row
+                yield start, position, parse_line(content, path, key, number), None
+            except ValueError as error:
+                yield start, position, None, error
 
 
-def _scan_json(path: Path, key: str) -> Iterator[tuple[int, int, Any]]:
-    content = path.read_bytes()
-    offset = len(BOM) if content.startswith(BOM) else 0
+def parse_line(content: bytes, path: Path, key: str, number: int) -> Any:
+    """The value of line `number` of a JSON-lines file.
+
+    Raises:
+        ValueError: the line is no JSON or no UTF-8; names file, line and column.
+    """
     try:
-        text = content[offset:].decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _encoding_error(path, key, error) from None
-    del content
-    position = 0
-    try:
-        for start, end, row in _elements(text, path, key):
-            # Character positions become byte positions: rows may hold any language.
-            offset += len(text[position:start].encode("utf-8"))
-            length = len(text[start:end].encode("utf-8"))
-            yield offset, offset + length, row
-            offset += length
-            position = end
+        text = content.decode("utf-8")
+        row = json.loads(text)
+        if "\\u" in text:
+            refuse_half_characters(row)
+        return row
     except json.JSONDecodeError as error:
-        raise _syntax_error(path, key, error.msg, error.lineno, error.colno) from None
-
-
-def _elements(text: str, path: Path, key: str) -> Iterator[tuple[int, int, Any]]:
-    """The elements of the array in `text` with their character spans, without holding more than one of them."""
-    position = _skip_space(text, 0)
-    if text[position : position + 1] != "[":
-        json.loads(text)  # a syntax error is the better message
-        raise ValueError(
-            f"{path} ({key}): the top level is not a list. The file must be one JSON array of rows; for one row per "
-            f"line set {key.rsplit('.', 1)[0]}.format to jsonl."
-        )
-    decoder = json.JSONDecoder()
-    position = _skip_space(text, position + 1)
-    closed = text[position : position + 1] == "]"
-    while not closed:
-        row, end = decoder.raw_decode(text, position)
-        yield position, end, row
-        position = _skip_space(text, end)
-        separator = text[position : position + 1]
-        if separator not in {",", "]"}:
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, position)
-        closed = separator == "]"
-        if not closed:
-            position = _skip_space(text, position + 1)
-    position = _skip_space(text, position + 1)
-    if position != len(text):
-        raise json.JSONDecodeError("Extra data", text, position)
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    assert match is not None
-    return match.end()
-
-
-def _syntax_error(path: Path, key: str, message: str, line: int, column: int) -> ValueError:
-    return ValueError(
-        f"{path} ({key}): JSON syntax error in line {line}, column {column}: {message}. Correct the file; "
-        f"`format` json means one array, jsonl one object per line."
-    )
-
-
-def _encoding_error(path: Path, key: str, error: UnicodeDecodeError) -> ValueError:
-    return ValueError(f"{path} ({key}): not UTF-8 text ({error.reason}). Save the file as UTF-8.")
+        raise syntax_error(path, key, error.msg, number, error.colno) from None
+    except UnicodeDecodeError as error:
+        raise encoding_error(path, key, error) from None
+    except (ValueError, RecursionError) as error:
+        raise syntax_error(path, key, str(error), number, 1) from None

@@ -2,26 +2,25 @@
 
 import logging
 import os
-from array import array
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from mcit_lightning.config import DataConfig, TaskConfig
+from mcit_lightning.data.check import RowCheck
+from mcit_lightning.data.coco import is_object, read_coco
 from mcit_lightning.data.hf import read_dataset
 from mcit_lightning.data.images import ImageFolder
-from mcit_lightning.data.readers import Rows, file_format, read_file
-from mcit_lightning.data.records import ImageSource, Place, Sample, Split, Turns, parse_row
+from mcit_lightning.data.readers import Rows, check_file, file_format, read_file
+from mcit_lightning.data.records import FindReference, Place, Sample, Split, parse_row
+from mcit_lightning.data.references import References, read_references
 from mcit_lightning.data.sampler import derive_seed
-from mcit_lightning.evaluation.metrics import get_metric
-
-CHARACTERS_PER_TOKEN = 4
-TOKENS_PER_IMAGE = 256
+from mcit_lightning.evaluation.metrics import AnswerMetric, task_metric
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ class TaskSplit(Dataset[Sample]):
         images: where its images are.
         key: the configuration key of the file, for messages.
         text_only: some row has no image.
+        skipped: malformed rows, which are not in use.
+        find_reference: answers of a test split that are in a file of their own.
     """
 
     def __init__(
@@ -51,18 +52,23 @@ class TaskSplit(Dataset[Sample]):
         images: ImageFolder,
         key: str,
         text_only: bool = False,
+        skipped: int = 0,
+        find_reference: FindReference | None = None,
     ) -> None:
         self.task = task
         self.split = split
         self.lengths = lengths
         self.total = len(rows)
         """Rows in the file, of which `len(self)` are used."""
+        self.skipped = skipped
+        """Rows in the file that are malformed and left out."""
         self.text_only = text_only
         """Some row of the file has no image."""
         self._rows = rows
         self._keep = keep
         self._images = images
         self._key = key
+        self._find_reference = find_reference
 
     def __len__(self) -> int:
         return len(self._keep)
@@ -73,7 +79,9 @@ class TaskSplit(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         row = int(self._keep[index])
         place = Place(self._rows.source, self._key, row)
-        sample = parse_row(self._rows.row(row), place, task=self.task, split=self.split)
+        sample = parse_row(
+            self._rows.row(row), place, task=self.task, split=self.split, find_reference=self._find_reference
+        )
         paths = tuple(self._images.path(image) if isinstance(image, str) else image for image in sample.images)
         return replace(sample, images=paths)
 
@@ -81,9 +89,10 @@ class TaskSplit(Dataset[Sample]):
 def open_split(data: DataConfig, task: str, config: TaskConfig, split: Split, seed: int) -> TaskSplit:
     """Read and check one split.
 
-    Every row of the file is parsed; the images of all rows in use must exist. Training ids may repeat, because
-    published files repeat them. A test split may not ask the same question under the same `question_id` twice; one
-    `question_id` with different questions (TextVQA's ids are image ids) is accepted.
+    Every row of the file is parsed and the images of all rows in use must exist, so that no row can end a run in its
+    middle. A malformed row is refused or, with `malformed: skip`, left out, counted and reported. Training ids may repeat,
+    because published files repeat them. A test split may not ask the same question under the same `question_id` twice;
+    one `question_id` with different questions (TextVQA's ids are image ids) is accepted.
 
     Args:
         data: root, limits and fraction.
@@ -100,104 +109,85 @@ def open_split(data: DataConfig, task: str, config: TaskConfig, split: Split, se
     if not name:
         raise ValueError(f"{key} is not set. Name the task's {split} file, relative to data.root ({data.root}).")
     root = os.path.abspath(os.path.expanduser(data.root))
-    check = _Check(task, split, key, root, config.metric)
-    kind = file_format(name, config.format, key)
-    rows: Rows
-    if kind == "hf":
-        check.source = name
-        rows = read_dataset(name, Path(root), config.columns, key, split, check)
-    else:
-        if config.columns:
-            raise ValueError(
-                f"tasks.{task}.columns is set, but {key} ({name}) is read as {kind}, whose keys are fixed. Remove "
-                f"`columns`, or set tasks.{task}.format to hf."
-            )
-        path = Path(root, name)
-        check.source = str(path)
-        rows = read_file(path, kind, key, check)
+    references = _references(config, Path(root), task) if split == "test" else None
+    check = RowCheck(
+        split,
+        key,
+        metric=_metric(config, task) if split == "test" else None,
+        metric_name=config.metric,
+        find_reference=None if references is None else references.find,
+        skip_malformed=config.malformed == "skip",
+    )
+    rows = _read(config, name, Path(root), key, split, check)
     if len(rows) == 0:
         raise ValueError(f"{rows.source} ({key}) holds no rows. Give the task at least one, or take it out of `order`.")
-    keep = _subsample(data, len(rows), split, seed, task)
-    images = ImageFolder(root, config.images)
-    check.images_exist(images, keep, f"tasks.{task}.images")
-    if check.repeated:
-        logger.info("%s (%s): %d of %d ids are repeated", rows.source, key, check.repeated, len(rows))
+    if references is not None and references.by_line and len(references) != len(rows):
+        raise ValueError(
+            f"tasks.{task}.references: {references.source} has {len(references)} images, but {rows.source} has {len(rows)} "
+            "rows; the n-th image belongs to the n-th row. Use the two files of one release."
+        )
+    usable = check.finish(rows)
+    _compare_with_name(rows, len(rows))
+    keep = _subsample(data, usable, split, seed, task)
+    folder_key = "test_images" if split == "test" and config.test_images is not None else "images"
+    images = ImageFolder(root, getattr(config, folder_key))
+    check.images_exist(images, keep, f"tasks.{task}.{folder_key}", root)
     return TaskSplit(
         task,
         split,
         rows,
         keep=keep,
-        lengths=np.frombuffer(check.lengths, dtype=np.int32)[keep],
+        lengths=check.lengths_of(keep),
         images=images,
         key=key,
         text_only=check.text_only,
+        skipped=len(rows) - len(usable),
+        find_reference=None if references is None else references.find,
     )
 
 
-class _Check:
-    """Sees every row once while the file is read, and forgets all but lengths and image names."""
-
-    def __init__(self, task: str, split: Split, key: str, root: str, metric: str) -> None:
-        self.source = ""
-        self.lengths = array("i")
-        self.repeated = 0
-        self.text_only = False
-        self._task = task
-        self._split: Split = split
-        self._key = key
-        self._root = root
-        self._name = metric
-        self._metric = get_metric(metric)()
-        self._names: list[tuple[ImageSource, ...]] = []
-        self._seen: dict[str, int] = {}
-        self._questions: dict[tuple[str, Turns], int] = {}
-
-    def __call__(self, index: int, row: Any) -> None:
-        place = Place(self.source, self._key, index)
-        sample = parse_row(row, place, task=self._task, split=self._split)
-        self.lengths.append(sample.characters // CHARACTERS_PER_TOKEN + TOKENS_PER_IMAGE * len(sample.images))
-        self._names.append(tuple(name for name in sample.images if isinstance(name, str)))
-        self.text_only |= not sample.images
-        self.repeated += sample.id in self._seen
-        self._seen[sample.id] = index
-        if self._split == "test":
-            first = self._questions.setdefault((sample.id, sample.turns), index)
-            try:
-                self._metric.check(sample.reference, sample.extra)
-            except ValueError as error:
-                raise place.error(
-                    "`answer`", f"cannot be scored by {self._name}: {error}", "Correct the row or the metric."
-                ) from error
-            if first != index:
-                raise replace(place, id=sample.id).error(
-                    "`question_id`",
-                    f"repeats {sample.id!r} of row {first + 1}, with the same question",
-                    "Remove one of the rows or number them anew: a prediction belongs to one row.",
-                )
-
-    def images_exist(self, images: ImageFolder, keep: np.ndarray, key: str) -> None:
-        """Raise for the first image in use that is nowhere, and say how many there are."""
-        listings: dict[str, frozenset[str]] = {}
-        absent = [
-            (int(row), name, path)
-            for row in keep
-            for name in self._names[row]
-            if isinstance(name, str) and (path := images.missing(name, listings)) is not None
-        ]
-        self._names.clear()
-        if absent:
-            row, name, path = absent[0]
-            others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-            raise Place(self.source, self._key, row).error(
-                "`image`",
-                f"names {name!r}, but there is no file {path}{others}",
-                f"Correct {key} or data.root ({self._root}), or add the images.",
-            )
+def _metric(config: TaskConfig, task: str) -> AnswerMetric:
+    try:
+        return task_metric(config)
+    except ValueError as error:
+        raise ValueError(f"tasks.{task}.metric: {error}") from error
 
 
-def _subsample(data: DataConfig, count: int, split: Split, seed: int, task: str) -> np.ndarray:
-    """Row numbers in use, ascending. Smaller samples are parts of larger ones."""
-    wanted = count
+def _references(config: TaskConfig, root: Path, task: str) -> References | None:
+    return None if config.references is None else read_references(root / config.references, f"tasks.{task}.references")
+
+
+def _read(config: TaskConfig, name: str, root: Path, key: str, split: Split, check: RowCheck) -> Rows:
+    kind = file_format(name, config.format, key)
+    if kind == "hf":
+        check.source = name
+        return read_dataset(name, root, config.columns, key, split, check)
+    if config.columns:
+        raise ValueError(
+            f"{key.rsplit('.', 1)[0]}.columns is set, but {key} ({name}) is read as {kind}, whose keys are fixed. Remove "
+            f"`columns`, or set {key.rsplit('.', 1)[0]}.format to hf."
+        )
+    path = root / name
+    check.source = str(path)
+    check_file(path, key)
+    if kind == "json" and is_object(path):
+        return read_coco(path, key, split, check)
+    return read_file(path, kind, key, check, check.unreadable if check.skip_malformed else None)
+
+
+def _compare_with_name(rows: Rows, count: int) -> None:
+    """Published names say how many rows a file has (`train_4w`: 40,000; `test_3000`); another number is worth knowing."""
+    found = re.search(r"_(\d+)([wk]?)(?:\.\w+)?$", Path(rows.source).name)
+    if found is None:
+        return
+    promised = int(found[1]) * {"w": 10_000, "k": 1000, "": 1}[found[2]]
+    if promised != count and promised >= 1000 and promised % 100 == 0 and not 1900 < promised < 2100:
+        logger.warning("%s: the name says %d rows, the file has %d", rows.source, promised, count)
+
+
+def _subsample(data: DataConfig, usable: np.ndarray, split: Split, seed: int, task: str) -> np.ndarray:
+    """Row numbers in use, ascending, out of the usable ones. Smaller samples are parts of larger ones."""
+    count = wanted = len(usable)
     if split == "train":
         if not 0 < data.fraction <= 1:
             raise ValueError(f"data.fraction is {data.fraction}. It must be above 0 and at most 1.")
@@ -208,6 +198,6 @@ def _subsample(data: DataConfig, count: int, split: Split, seed: int, task: str)
             raise ValueError(f"data.limit_{split} is {limit}. It must be at least 1, or null for no limit.")
         wanted = min(wanted, limit)
     if wanted == count:
-        return np.arange(count)
+        return usable
     generator = torch.Generator().manual_seed(derive_seed(seed, "subsample", task, split))
-    return np.sort(torch.randperm(count, generator=generator).numpy()[:wanted])
+    return usable[np.sort(torch.randperm(count, generator=generator).numpy()[:wanted])]

@@ -1,4 +1,4 @@
-"""The accuracy matrix as a picture, for TensorBoard. Drawn with Pillow alone."""
+"""The accuracy matrix and the placement of experts as pictures, for TensorBoard. Drawn with Pillow alone."""
 
 from typing import Any
 
@@ -6,12 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from mcit_lightning.evaluation.colours import ink, score_colour
+from mcit_lightning.evaluation.colours import TASK_LIGHT, ink, score_colour
+from mcit_lightning.evaluation.placement import experts, tower_modules
+from mcit_lightning.evaluation.results import Results
 from mcit_lightning.evaluation.transfer import TransferMatrix
 
 CELL = (84, 40)
 MARGIN = 12
 TEXT = (23, 27, 33)
+SLOT = (225, 229, 234)
+BLOCK = (7, 22)
+"""Width and height of a module in the placement."""
+LAYER_GAP = 4
 
 
 def matrix_image(matrix: TransferMatrix) -> NDArray[np.uint8]:
@@ -42,6 +48,39 @@ def matrix_image(matrix: TransferMatrix) -> NDArray[np.uint8]:
             x, colour = left + column * CELL[0], score_colour(score)
             draw.rectangle((x + 1, y + 1, x + CELL[0] - 2, y + CELL[1] - 2), fill=colour)
             draw.text((x + CELL[0] / 2, y + CELL[1] / 2), f"{score:.1f}", fill=ink(colour), font=font, anchor="mm")
+    return np.array(picture)
+
+
+def placement_image(results: Results) -> NDArray[np.uint8]:
+    """Draw which module got an expert in which stage, a block per tower.
+
+    Args:
+        results: of a strategy with a budget, evaluated at least once.
+
+    Returns: An array of shape [height, width, 3]: a row per stage, a column per module in the model's order.
+    """
+    towers = tower_modules(results)
+    assert towers and results.allocation
+    font: Any = ImageFont.load_default(size=15)
+    names = [_short(stage) for stage in results.allocation]
+    left = MARGIN + round(max(font.getlength(name) for name in names)) + 10
+    widest = max(BLOCK[0] * len(modules.paths) + LAYER_GAP * len(modules.layers) for modules in towers)
+    each = 32 + BLOCK[1] * len(names)
+    picture = Image.new("RGB", (max(left + widest, left + 120) + MARGIN, MARGIN + each * len(towers)), "white")
+    draw = ImageDraw.Draw(picture)
+    for number, modules in enumerate(towers):
+        top = MARGIN + each * number
+        draw.text((left, top), modules.tower, fill=TEXT, font=font)
+        colour = TASK_LIGHT[1] if modules.tower == "vision" else TASK_LIGHT[0]
+        for row, (name, own) in enumerate(zip(names, experts(results, modules).values(), strict=True)):
+            x, y = left, top + 22 + row * BLOCK[1]
+            draw.text((left - 10, y + BLOCK[1] / 2), name, fill=TEXT, font=font, anchor="rm")
+            for _, paths in modules.layers:
+                for path in paths:
+                    fill = SLOT if own[path].rank is None else colour
+                    draw.rectangle((x, y + 1, x + BLOCK[0] - 2, y + BLOCK[1] - 2), fill=fill)
+                    x += BLOCK[0]
+                x += LAYER_GAP
     return np.array(picture)
 
 

@@ -24,14 +24,21 @@ def count_text(value: float | None) -> str:
 
 
 def seconds_text(value: float | None) -> str:
-    """A duration for reading: 1 h 02 min, 3 min 20 s, 4.1 s."""
+    """A duration for reading: 1 h 02 min, 3 min 20 s, 4.1 s, 12 ms, 0.4 ms."""
     if value is None:
         return NONE
+    if value < 0.0995:
+        return f"{1000 * value:.{0 if value >= 0.00995 else 1}f} ms"
     if value < 59.95:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
     hours, minutes_left = divmod(minutes, 60)
     return f"{hours} h {minutes_left:02d} min" if hours else f"{minutes} min {seconds:02d} s"
+
+
+def amount_text(value: float | None) -> str:
+    """A number whose size is not known beforehand, for reading: three significant digits, 0.0740, 2.34, 1.20e−07."""
+    return NONE if value is None else f"{value:#.3g}".rstrip(".").replace("-", MINUS)
 
 
 def bytes_text(value: float | None) -> str:

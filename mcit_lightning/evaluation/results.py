@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,15 @@ class Results:
         seed: seed of the run.
         tasks: names in the order in which they are learnt.
         metrics: task -> name of its metric.
-        routing: accuracy and confusion of the task router, where the strategy has one.
+        routing: what `routing_summary` counted after the last stage, where the strategy has a router, and its accuracy and
+            rejections after every stage (`per_stage`, `rejected_per_stage`).
         cost: one row per stage, in order.
         allocation: stage -> what a strategy with a budget decided for it: `ratios`, `budget` and `difficulty` per tower,
             `scores` and `ranks` per module.
+        modules: tower -> module path -> names of its branches, in the model's order; candidates that got none have an empty
+            list. Of the model that was evaluated last.
+        freezing: stage -> module path -> the branches that the stage used most and that froze after it; a branch of an earlier
+            stage may be there again.
         notes: anything else worth keeping, for example the counts of shortened and dropped samples (JSON types only).
 
     The accuracy matrix with the zero-shot row is `matrix`, empty at first.
@@ -73,6 +78,8 @@ class Results:
     routing: dict[str, Any] | None = None
     cost: list[CostRow] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    modules: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    freezing: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
     matrix: TransferMatrix = field(init=False)
 
@@ -126,21 +133,32 @@ class Results:
             "summary_per_stage": self.summary_per_stage,
             "routing": self.routing,
             "allocation": self.allocation,
+            "modules": self.modules,
+            "freezing": self.freezing,
             "cost": [asdict(row) for row in self.cost],
             "notes": self.notes,
         }
 
     @classmethod
     def load(cls, root: Path) -> "Results":
-        """Read `results.json` of a run directory.
+        """Read `results.json` of a run directory, also one that an older version wrote.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is damaged; the message names the file and what to do.
+            ValueError: it is damaged, or of a newer version; the message names the file and what to do.
         """
         path = root / RESULTS_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            newer = sorted({key for row in values["cost"] for key in row} - {known.name for known in fields(CostRow)})
+        except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+            raise _damaged(path, error) from error
+        if newer:
+            raise ValueError(
+                f"{path}: cost: unknown key {', '.join(newer)}; a newer version of mcit_lightning wrote the file. "
+                "Use that version, or start the run again with overwrite=true."
+            )
+        try:
             results = cls(
                 experiment=values["experiment"],
                 strategy=values["strategy"],
@@ -151,15 +169,14 @@ class Results:
                 routing=values["routing"],
                 cost=[CostRow(**row) for row in values["cost"]],
                 allocation=values.get("allocation", {}),
+                modules=values.get("modules", {}),
+                freezing=values.get("freezing", {}),
                 notes=values["notes"],
             )
             results.matrix = TransferMatrix.from_dict(values)
             return results
-        except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
-            raise ValueError(
-                f"{path} is damaged ({type(error).__name__}: {error}). "
-                "Restore it from a copy, or start the run again with overwrite=true."
-            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, error) from error
 
     def save(self, root: Path) -> None:
         """Write `results.json` and `accuracy_matrix.csv`, each atomically.
@@ -183,3 +200,10 @@ class Results:
         for name, scores in rows:
             writer.writerow([name, *("" if score is None else f"{score:.4f}" for score in scores)])
         return out.getvalue()
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({type(error).__name__}: {error}). "
+        "Restore it from a copy, or start the run again with overwrite=true."
+    )

@@ -46,7 +46,7 @@ def line_chart(
         labels: write each curve's name at its end; leave it out where the page has a legend.
         title: what a screen reader says.
     """
-    right = 150 if labels else 14
+    right = 164 if labels else 14
     left, top, bottom = 34, 12, 30
     inner_width, inner_height = width - left - right, height - top - bottom
 
@@ -69,7 +69,7 @@ def line_chart(
     for line in lines:
         parts.extend(_curve(line, hints, x, y))
     if labels:
-        parts.extend(_end_labels(lines, x, y, height - bottom))
+        parts.extend(_end_labels(lines, x, y, width - right, height - bottom))
     parts.append("</svg>")
     return "".join(parts)
 
@@ -95,8 +95,8 @@ def _curve(line: Line, hints: list[str], x: Scale, y: Scale) -> list[str]:
     return parts
 
 
-def _end_labels(lines: list[Line], x: Scale, y: Scale, floor: float) -> list[str]:
-    """Names at the ends of the curves, moved apart where they would overlap."""
+def _end_labels(lines: list[Line], x: Scale, y: Scale, edge: float, floor: float) -> list[str]:
+    """Names right of the drawing, moved apart where they would overlap, with a thin line to where each curve ends."""
     ends = [(y(points[-1][1]), points[-1][0], line) for line in lines if (points := line.points())]
     ends.sort(key=lambda end: end[:2])
     places = [end[0] for end in ends]
@@ -112,10 +112,10 @@ def _end_labels(lines: list[Line], x: Scale, y: Scale, floor: float) -> list[str
         name = line.name if len(line.name) <= 15 else line.name[:14] + "\N{HORIZONTAL ELLIPSIS}"
         value = line.points()[-1][1]
         parts.append(
-            f'<polyline class="lead s{line.style % 8}" points="{start:.1f},{height:.1f} {start + 10:.1f},{place:.1f}"/>'
+            f'<polyline class="lead s{line.style % 8}" points="{start:.1f},{height:.1f} {edge + 17:.1f},{place:.1f}"/>'
         )
         parts.append(
-            f'<text class="label t{line.style % 8}" x="{start + 14:.1f}" y="{place + 4:.1f}">'
+            f'<text class="label t{line.style % 8}" x="{edge + 21:.1f}" y="{place + 4:.1f}">'
             f'{escape(name)} <tspan class="axis">{value:.1f}</tspan></text>'
         )
     return parts

@@ -54,9 +54,11 @@ def _summary(results: Results) -> Text:
 
 
 def _cost(cost: CostRow) -> Text:
+    before = {"probe": cost.proxy_seconds, "router": cost.router_seconds}
     values = {
         "trainable": count_text(cost.trainable_params),
         "stored": count_text(cost.stored_params),
+        **{name: seconds_text(value) for name, value in before.items() if value is not None},
         "training": seconds_text(cost.train_seconds),
         "evaluation": seconds_text(cost.eval_seconds),
         "peak memory": bytes_text(cost.peak_memory_bytes),

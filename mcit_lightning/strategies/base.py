@@ -32,7 +32,7 @@ class ContinualStrategy(nn.Module):
 
     Config: ClassVar[type] = StrategyConfig
     """Dataclass with the hyper-parameters; checks ranges in `__post_init__` with ValueError."""
-    uses_all_parameters: ClassVar[bool] = True
+    uses_all_parameters: bool = True
     """Every trainable parameter gets a gradient in every step. False makes DDP look for unused ones."""
 
     def __init__(self, config: Any) -> None:

@@ -35,6 +35,10 @@ class Sequential(ContinualStrategy):
     Config = LoRAConfig
     config: LoRAConfig
 
+    def __init__(self, config: LoRAConfig) -> None:
+        super().__init__(config)
+        self.uses_all_parameters = "vision" not in config.targets  # LLaVA reads its tower before the last layer
+
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
         """One branch of the configured rank in every target, in the first stage; nothing after it."""
         paths = find_targets(towers, self.config.targets)

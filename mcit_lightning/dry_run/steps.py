@@ -1,0 +1,77 @@
+"""Optimizer steps of every stage, counted as the data module and the Trainer will count them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.stages import Stage
+
+
+@dataclass(frozen=True)
+class StageSteps:
+    """How long a stage trains.
+
+    Args:
+        stage: the stage.
+        rows: training rows, repetitions of a joint stage included; None where a file is not there.
+        epochs: passes over them.
+        batch_size: samples per device and micro-batch.
+        steps: optimizer steps; None as `rows`.
+    """
+
+    stage: Stage
+    rows: int | None
+    epochs: int
+    batch_size: int
+    steps: int | None
+
+
+def count_steps(
+    config: ExperimentConfig, stages: Sequence[Stage], rows: Mapping[str, int], devices: int
+) -> list[StageSteps]:
+    """Steps of each stage.
+
+    Args:
+        config: the experiment.
+        stages: its stages.
+        rows: task -> training rows in use, of the tasks whose file is there.
+        devices: processes that train side by side.
+    """
+    counted = []
+    for stage in stages:
+        tasks = {name: config.tasks[name] for name in stage.train}
+        sizes = {task.batch_size or config.data.batch_size for task in tasks.values()}
+        batch_size = sizes.pop() if len(sizes) == 1 else config.data.batch_size
+        alone = len(tasks) == 1
+        epochs = next(iter(tasks.values())).epochs if alone else 1
+        total = None
+        if all(name in rows for name in tasks):
+            total = sum(rows[name] * (1 if alone else task.epochs) for name, task in tasks.items())
+        steps = None if total is None else _steps(total, batch_size, epochs, devices, config.trainer)
+        counted.append(StageSteps(stage, total, epochs, batch_size, steps))
+    return counted
+
+
+def planned_devices(trainer: Mapping[str, Any]) -> int:
+    """Processes that the `trainer` section asks for; `auto` and -1 are what this machine has."""
+    asked, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
+    if isinstance(asked, list):
+        count = len(asked)
+    elif str(asked) in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
+    else:
+        count = len(str(asked).split(",")) if "," in str(asked) else int(asked)
+    return max(int(os.environ.get("WORLD_SIZE", "1")), count * nodes)
+
+
+def _steps(rows: int, batch_size: int, epochs: int, devices: int, trainer: Mapping[str, Any]) -> int:
+    per_device = -(-rows // devices)
+    batches = -(-per_device // batch_size)
+    limit = trainer.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return max(1, -(-batches // int(trainer.get("accumulate_grad_batches", 1))) * epochs)

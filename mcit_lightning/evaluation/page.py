@@ -1,0 +1,70 @@
+"""Pieces that the report's sections have in common."""
+
+from collections.abc import Sequence
+from html import escape
+
+from mcit_lightning.evaluation.colours import css, ink, score_colour
+from mcit_lightning.evaluation.formatting import number_text
+from mcit_lightning.evaluation.svg import Line, line_chart
+
+
+def section(heading: str, why: str, *content: str) -> str:
+    """A headed part of the page, with a sentence or two on how to read it (`why` is HTML)."""
+    explanation = f'<p class="soft">{why}</p>' if why else ""
+    return f"<section><h2>{heading}</h2>{explanation}{''.join(content)}</section>"
+
+
+def heat_cell(score: float | None, *, own: bool = False) -> str:
+    """A cell of a heat-map in percent, empty for None; `own` prints it bold."""
+    if score is None:
+        return '<td class="empty"></td>'
+    light, dark = score_colour(score), score_colour(score, dark=True)
+    colours = f"--l:{css(light)};--li:{css(ink(light))};--d:{css(dark)};--di:{css(ink(dark))}"
+    kind = ' class="own"' if own else ""
+    return f'<td{kind} style="{colours}">{number_text(score)}</td>'
+
+
+def heat_row(name: str, cells: str) -> str:
+    """A row of a heat-map."""
+    return f'<tr><th scope="row"><span>{escape(name)}</span></th>{cells}</tr>'
+
+
+def heat_table(corner: str, columns: Sequence[str], *bodies: Sequence[str]) -> str:
+    """A heat-map in a box of its own that scrolls where it is too wide.
+
+    Args:
+        corner: what the rows are.
+        columns: their headings.
+        bodies: groups of rows, set apart from each other; empty ones are left out.
+    """
+    head = "".join(f'<th scope="col"><span>{escape(name)}</span></th>' for name in columns)
+    groups = "".join(f"<tbody>{''.join(rows)}</tbody>" for rows in bodies if rows)
+    return (
+        f'<div class="scroll"><table class="matrix"><thead><tr><th><span>{corner}</span></th>{head}</tr></thead>'
+        f"{groups}</table></div>"
+    )
+
+
+def line_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
+    """A plain table that scrolls where it is too wide; headings and cells are HTML, the names of the rows are not."""
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        for name, cells in rows
+    )
+    return f'<div class="scroll"><table class="lines"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def chart(lines: list[Line], ticks: list[str], hints: list[str], *, title: str, height: int) -> str:
+    """Curves over stages twice: with labels for a wide page, with a legend for a phone."""
+    legend = "".join(
+        f'<li style="color:var(--t{line.style % 8})"><i></i><span>{escape(line.name)}</span></li>' for line in lines
+    )
+    wide = line_chart(lines, ticks, hints, width=1000, height=height, labels=True, title=title)
+    narrow = line_chart(lines, ticks, hints, width=360, height=min(height, 280), labels=False, title=title)
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}<ul class="legend">{legend}</ul></div>'
+
+
+def shortened(text: str, length: int) -> str:
+    """At most so many characters, with an ellipsis where some are missing."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
