@@ -24,7 +24,7 @@ install: $(STAMP)  ## Make .venv with everything that the experiments and the te
 $(STAMP): setup.cfg pyproject.toml constraints.txt requirements-quickstart.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c constraints.txt torch
-	$(BIN)/pip install -c constraints.txt -e ".[quickstart,dev]"
+	$(BIN)/pip install -c constraints.txt -e ".[quickstart,captions,dev]"
 	$(BIN)/pip install --no-deps -r requirements-quickstart.txt
 	@touch $@
 

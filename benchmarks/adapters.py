@@ -1,14 +1,18 @@
 """Cost of the adapter layer: one training step and one decode step of a decoder, relative to plain LoRA of the same total rank.
 
     python benchmarks/adapters.py                              # CPU: SmolLM2's shapes and one layer of LLaVA-7B
+    python benchmarks/adapters.py --cpu-time --threads 1       # on a machine that is busy with other work
     python benchmarks/adapters.py --device cuda --dtype bfloat16 --layers 32 --shapes llava7b
 
-All variants run in turn, round after round, in one process, and the table gives the ratio of the medians and the spread (10th to
-90th percentile) of the rounds' ratios to plain LoRA. Memory is what autograd keeps for the backward pass, counted from the saved
-tensors (parameters left out), which is the same on every device.
+All variants run in turn, round after round, in one process. A round's time is divided by plain LoRA's in the same round, and the
+table gives the median and the spread (10th to 90th percentile) of these ratios. Memory is what autograd keeps for the backward
+pass, counted from the saved tensors (parameters left out), which is the same on every device. Where `peft` is installed, plain
+LoRA by it is measured too.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import logging
 import math
@@ -28,6 +32,7 @@ from mcit_lightning.adapters import AdapterLinear
 from mcit_lightning.gates import GateState, RouterGate
 
 EXPERTS, TOP_K = 8, 2
+HAS_PEFT = importlib.util.find_spec("peft") is not None
 SHAPES = {
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     "llava7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
@@ -57,6 +62,13 @@ class ExpertLoop(nn.Module):
 def adapt(model: LlamaModel, kind: str, rank: int, state: GateState) -> None:
     """Put one kind of adapter around every linear of the decoder; only adapters train."""
     model.requires_grad_(False)
+    if kind == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        names = {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(names))
+        get_peft_model(model, config)  # puts its layers into `model`
+        return
     linears = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     for path, linear in linears:
         parent, _, name = path.rpartition(".")
@@ -109,7 +121,8 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict[str, object]]:
     config = LlamaConfig(num_hidden_layers=layers, vocab_size=8, attn_implementation="sdpa", **SHAPES[shape])
     torch.manual_seed(0)
     x = torch.randn(batch, length, config.hidden_size, device=device, dtype=dtype)
-    kinds = ["lora", "moelora", "branchlora", "loop"]
+    kinds = ["lora", *(["peft"] if HAS_PEFT else []), "moelora", "branchlora", "loop"]
+    clock = time.process_time if options.cpu_time else time.perf_counter
     models, states = {}, {}
     for kind in kinds:
         model = LlamaModel(config).to(device, dtype).train()
@@ -135,12 +148,12 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict[str, object]]:
     def timed(run: Callable[[str], None], kind: str, repeats: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             run(kind)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repeats
+        return (clock() - start) / repeats
 
     memory = {kind: saved_bytes(lambda kind=kind: step(kind, []), models[kind]) for kind in kinds}  # type: ignore[misc]
     times: dict[str, dict[str, list[float]]] = {"step": {k: [] for k in kinds}, "decode": {k: [] for k in kinds}}
@@ -148,9 +161,10 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict[str, object]]:
         step(kind)
     for round_number in range(options.rounds):
         for kind in kinds[round_number % len(kinds) :] + kinds[: round_number % len(kinds)]:
-            states[kind].generating = False
+            states[kind].generating, states[kind].counting = False, True
             times["step"][kind].append(timed(step, kind, 1))
-            states[kind].generating = True  # a decode step takes the gate from the prefill
+            # a decode step takes the gate from the prefill
+            states[kind].generating, states[kind].counting = True, False
             states[kind].decided.clear()
             with torch.no_grad():
                 models[kind](inputs_embeds=x)
@@ -161,7 +175,7 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict[str, object]]:
         for what, samples in times.items():
             ratios = sorted(a / b for a, b in zip(samples[kind], samples["lora"], strict=True))
             low, high = ratios[math.floor(0.1 * (len(ratios) - 1))], ratios[math.ceil(0.9 * (len(ratios) - 1))]
-            row[what] = statistics.median(samples[kind]) / statistics.median(samples["lora"])
+            row[what] = statistics.median(ratios)
             row[f"{what}_spread"] = [low, high]
             row[f"{what}_seconds"] = statistics.median(samples[kind])
         row["saved"] = memory[kind] / memory["lora"]
@@ -180,15 +194,21 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="total rank; default 32 for SmolLM2, 128 for LLaVA-7B")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--cpu-time", action="store_true", help="count the process's CPU time, not the wall clock")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     options = parser.parse_args()
+    if options.cpu_time and options.device != "cpu":
+        parser.error("--cpu-time does not count the time of another device")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     rows = [row for shape in options.shapes for row in measure(shape, options)]
     table = Table(title=f"relative to plain LoRA; {options.device}, {options.dtype}, torch {torch.__version__}")
     for column in ("shape", "adapter", "trainable", "training step", "decode step", "saved for backward"):
-        table.add_column(column, justify="left" if column in ("shape", "adapter") else "right")
+        table.add_column(column, justify="left" if column in ("shape", "adapter") else "right", no_wrap=True)
     for row in rows:
         cells = [
             f"{row[what]:.2f} ({row[f'{what}_spread'][0]:.2f}-{row[f'{what}_spread'][1]:.2f})"
@@ -196,9 +216,17 @@ def main() -> None:
         ]  # type: ignore[index]
         name = f"{row['shape']} x{row['layers']}, r={row['rank']}"
         table.add_row(name, str(row["adapter"]), f"{row['trainable']:,}", *cells, f"{row['saved']:.2f}")
-    Console(file=sys.stdout).print(table)
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    if not HAS_PEFT:
+        console.print("peft is not installed, so there is no row for its LoRA")
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2))
+        about = {key: value for key, value in vars(options).items() if key != "json"}
+        versions = {
+            name: importlib.metadata.version(name) for name in ("torch", "transformers", *(["peft"] * HAS_PEFT))
+        }
+        about |= {"threads": torch.get_num_threads(), "versions": versions}
+        options.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """End of a task: the branches that it used most freeze for ever (BranchLoRA's tuning-freezing)."""
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -12,12 +13,14 @@ from mcit_lightning.plans import FreezeRecord
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.branchlora import BranchLoRA
 
+logger = logging.getLogger(__name__)
+
 
 class BranchFreeze(TaskCallback):
     """Counts how often each branch is chosen, over all ranks and once per batch, and freezes the most used after the task.
 
     The counts are part of the checkpoint, so a resumed stage freezes what an uninterrupted one would have. What froze is a
-    `FreezeRecord` in the module's structure log.
+    `FreezeRecord` in the module's structure log. Warns when a module has no branch left to train.
 
     Raises:
         ValueError: the strategy has no branches that it could freeze.
@@ -39,9 +42,10 @@ class BranchFreeze(TaskCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add the batch's counts, summed over ranks."""
-        strategy: BranchLoRA = pl_module.strategy  # type: ignore[assignment]
-        if strategy.config.freeze_branches:
-            usage = trainer.strategy.reduce(strategy.usage(), reduce_op="sum")
+        assert isinstance(pl_module, MCITModule) and isinstance(pl_module.strategy, BranchLoRA)
+        if pl_module.strategy.config.freeze_branches:
+            own = pl_module.strategy.usage(pl_module.towers.adapters)
+            usage = trainer.strategy.reduce(own, reduce_op="sum")
             self._usage = usage if self._usage is None else self._usage.to(usage.device) + usage
 
     def on_task_end(self, trainer: L.Trainer, module: MCITModule, stage: Stage) -> None:
@@ -51,6 +55,15 @@ class BranchFreeze(TaskCallback):
         if strategy.config.freeze_branches and self._usage is not None:
             count, mass = self._usage.cpu().unbind(1)
             module.freeze_branches(FreezeRecord(stage.name, strategy.most_used(module.towers.adapters, count, mass)))
+            exhausted = strategy.exhausted(module.towers)
+            if exhausted and trainer.is_global_zero:
+                logger.warning(
+                    "after stage %s all branches of %d of %d modules are frozen: later tasks train no branch there. Raise "
+                    "strategy.experts, or lower strategy.freeze_count",
+                    stage.name,
+                    len(exhausted),
+                    len(module.towers.adapters),
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far."""

@@ -158,13 +158,12 @@ class AdapterLinear(nn.Module):
             return y
         a = _concatenate(list(self.lora_a.values()), 0)
         b = _concatenate(list(self.lora_b.values()), 1)
-        x = self.dropout(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(a.dtype)
-        hidden = F.linear(x, a)
+        gate = self.gate(x) if callable(self.gate) else self.gate  # routers see what dropout leaves out
+        hidden = F.linear(self.dropout(x), a)
         if len(self.lora_a) != len(self.lora_b):
             hidden = hidden.index_select(-1, self.trunk_columns)  # every branch gets its trunk's columns
-        gate = self.gate(x) if callable(self.gate) else self.gate
         if gate is not None:
             gate = gate.to(hidden.dtype)
             if gate.dim() == 2 and hidden.dim() == 3:

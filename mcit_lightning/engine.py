@@ -34,20 +34,19 @@ def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy |
         find_unused: a trainable parameter may get no gradient in a step.
     """
     engine = str(trainer.get("strategy", "auto"))
-    if engine.startswith("ddp") or (engine == "auto" and _devices(trainer) > 1):
+    if engine.startswith("ddp") or (engine == "auto" and planned_devices(trainer) > 1):
         find_unused = find_unused or "find_unused_parameters_true" in engine
         return DDPStrategy(find_unused_parameters=find_unused, broadcast_buffers=False)
     return engine
 
 
-def _devices(trainer: Mapping[str, Any]) -> int:
-    """Processes that the Trainer will start, as far as that matters for choosing DDP."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
-    if isinstance(devices, list):
-        count = len(devices)
-    elif str(devices) in ("auto", "-1"):
-        count = torch.cuda.device_count() if trainer.get("accelerator", "auto") != "cpu" else 1
+def planned_devices(trainer: Mapping[str, Any]) -> int:
+    """Processes that the `trainer` section asks for; `auto` and -1 are what this machine has."""
+    asked, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
+    if isinstance(asked, list):
+        count = len(asked)
+    elif str(asked) in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
     else:
-        count = int(devices)
-    return max(launched, count * nodes)
+        count = len(str(asked).split(",")) if "," in str(asked) else int(asked)
+    return max(int(os.environ.get("WORLD_SIZE", "1")), count * nodes)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mcit_lightning.adapters import AdapterLinear
 
 GateInput = Literal["first", "mean", "last", "token"]
-"""What a router reads: the first or last real token, the mean of the prompt's tokens, or each token for itself."""
+"""What a router reads: the first or last real token of the prompt, the mean of its tokens, or each token for itself."""
 
 
 @dataclass
@@ -21,15 +21,20 @@ class GateState:
     """What all gates of a model need to know about the batch; the strategy sets it once per batch."""
 
     mask: Tensor
-    """[B, S], 1 at real tokens: the attention mask of the prompt (in training: of prompt and answer)."""
+    """[B, S], 1 at the real tokens of the prompt."""
     router: str | None = None
     """Name of the router for every sample; None when `choice` says it per sample."""
     choice: Tensor | None = None
     """[B], index of each sample's router among the layer's routers, in the order in which they were added."""
+    active: Tensor | None = None
+    """[B], 0 for a sample that gets no branch at all (the pretrained model answers), else 1; None for 1 everywhere."""
     generating: bool = False
     """Keep what was decided at the first call (the prefill) for all later ones (decoding)."""
+    counting: bool = False
+    """Fill `usage`."""
     noise: dict[str, Tensor] = field(default_factory=dict)
-    """Module path -> [B, E] added to the logits; drawn once per batch, so that recomputation sees the same."""
+    """Module path -> [B, E] added to the logits, for all tokens of a sample alike; drawn once per batch, so that recomputation
+    sees the same."""
     decided: dict[str, Tensor] = field(default_factory=dict)
     """Module path -> [B, E], the gate that a generation keeps."""
     usage: dict[str, Tensor] = field(default_factory=dict)
@@ -40,23 +45,32 @@ class GateState:
 class RouterGate:
     """The gate of one adapter layer, for `AdapterLinear.gate`.
 
-    Logits are computed in float32. With `top_k` the k largest are kept and the softmax is taken over them (the magnitude
-    then does not depend on E); all other gates are exactly zero.
+    Logits are computed in float32. With `top_k` the k largest are kept, and all other gates are exactly zero. Nothing is read
+    back from the device, and the gate stays dense, so that every branch gets a gradient on every rank.
 
     Args:
         path: the layer's path, under which noise and decisions are filed.
         layer: the layer.
         top_k: branches per sample; None keeps all (dense).
+        renormalize: with `top_k`, the softmax is over the chosen branches, so the magnitude does not depend on E. That is the
+            same as a softmax over all, masked and divided by its sum. False leaves out the division.
         gate_input: what the router reads.
         normalize: divide the router's input by its root mean square. The first token of a decoder has activations of
             extreme size, which would saturate the softmax.
     """
 
     def __init__(
-        self, path: str, layer: AdapterLinear, *, top_k: int | None, gate_input: GateInput, normalize: bool
+        self,
+        path: str,
+        layer: AdapterLinear,
+        *,
+        top_k: int | None,
+        gate_input: GateInput,
+        normalize: bool,
+        renormalize: bool = True,
     ) -> None:
         self.path, self.layer = path, layer
-        self.top_k, self.gate_input, self.normalize = top_k, gate_input, normalize
+        self.top_k, self.gate_input, self.normalize, self.renormalize = top_k, gate_input, normalize, renormalize
         self.state: GateState | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -71,11 +85,13 @@ class RouterGate:
                 z = F.rms_norm(z, z.shape[-1:], eps=1e-6)
             logits = self._logits(z, state)
             if self.path in state.noise:
-                logits = logits + _expand(state.noise[self.path], logits.shape[0])
+                logits = logits + _per_sample(state.noise[self.path], logits)
             gate = self._weights(logits)
-        if not state.generating:
+            if state.active is not None:
+                gate = gate * _per_sample(state.active.unsqueeze(1), gate)
+        if state.counting:
             state.usage[self.path] = self._usage(gate.detach(), state.mask)
-        elif not per_token:
+        if state.generating and not per_token:
             state.decided[self.path] = gate
         return gate
 
@@ -100,7 +116,7 @@ class RouterGate:
         return torch.einsum("b...d,bed->b...e", z, own)
 
     def _usage(self, gate: Tensor, mask: Tensor) -> Tensor:
-        """[2, E], summed over samples, or over real tokens."""
+        """[2, E], summed over samples, or over the prompts' tokens."""
         if gate.dim() == 3:
             gate = gate * mask.unsqueeze(-1)
         gate = gate.flatten(0, -2)
@@ -110,9 +126,16 @@ class RouterGate:
         if self.top_k is None or self.top_k >= logits.shape[-1]:
             return logits.softmax(-1)
         top = logits.topk(self.top_k, dim=-1)
-        return torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(-1))
+        chosen = top.values.softmax(-1) if self.renormalize else logits.softmax(-1).gather(-1, top.indices)
+        return torch.zeros_like(logits).scatter(-1, top.indices, chosen)
 
 
 def _expand(per_sample: Tensor, rows: int) -> Tensor:
     """Repeat rows for beams: generation puts the beams of a sample next to each other."""
     return per_sample if per_sample.shape[0] == rows else per_sample.repeat_interleave(rows // per_sample.shape[0], 0)
+
+
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B, n] for the rows of `like`: as it is for [B, E], and for every token of a row alike for [B, S, E]."""
+    values = _expand(values, like.shape[0])
+    return values.unsqueeze(1) if like.dim() == 3 else values

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcit_lightning.backbone import Backbone
 from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.evaluation.metrics import AnswerMetric, get_metric
+from mcit_lightning.evaluation.metrics import AnswerMetric, task_metric
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.generation import generate_answers
 from mcit_lightning.loss import Batch
@@ -208,7 +208,7 @@ class MCITModule(L.LightningModule):
         """Fresh metrics for the tasks that are about to be evaluated."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.eval_seconds = {"routing": 0.0, "generation": 0.0}
-        self.answer_metrics = {task: get_metric(stream.metric(task))().to(self.device) for task in stream.test_tasks}
+        self.answer_metrics = {task: task_metric(self.config.tasks[task]).to(self.device) for task in stream.test_tasks}
 
     def test_step(  # type: ignore[override]
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -225,14 +225,15 @@ class MCITModule(L.LightningModule):
         self.eval_seconds["generation"] += self._clock() - routed_at
         metric, routed = self.answer_metrics[task], self.strategy.routed_to()
         metric.update(texts, batch["reference"], batch["extra"])
+        scores = metric.scores(texts, batch["reference"], batch["extra"])
         return [
             {
                 "index": batch["index"][row],
-                "question_id": batch["id"][row],
+                "question_id": batch["extra"][row].get("question_id", batch["id"][row]),  # a number stays a number
                 "prompt": batch["prompt"][row],
                 "text": text,
                 "answer": batch["reference"][row],
-                "score": metric.score(text, batch["reference"][row], batch["extra"][row]),
+                "score": scores[row],
                 "task": task,
                 "answer_id": f"{self.run_id}-{batch['id'][row]}",
                 "model_id": self.config.name,

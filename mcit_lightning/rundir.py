@@ -33,6 +33,7 @@ OWN_FILES = (
 MAY_CHANGE = (
     "out",
     "overwrite",
+    "dry_run",
     "data.num_workers",
     "trainer.accelerator",
     "trainer.devices",

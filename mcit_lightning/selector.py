@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcit_lightning.loss import Batch, prompt_mask
-from mcit_lightning.towers import Towers
-
 
 class TaskSelector(nn.Module):
     """Keys of the tasks learnt so far.
@@ -32,12 +29,13 @@ class TaskSelector(nn.Module):
     def add_task(self, task: str, image_width: int, text_width: int, device: torch.device) -> None:
         """Make the keys of a task. A task that is there is left as it is.
 
-        Sums start at zero; learned keys at a constant vector, because the cosine has no gradient at zero.
+        Sums start at zero. Learned keys start at a constant vector, because the cosine has no gradient at zero, and at length
+        one: the longer a key, the more steps it takes to turn it.
         """
         if task not in self.tasks:
             self.tasks.append(task)
-            start = 1.0 if self.learned else 0.0
             for table, width in ((self.image_keys, image_width), (self.text_keys, text_width)):
+                start = width**-0.5 if self.learned else 0.0
                 table[task] = nn.Parameter(torch.full((width,), start, device=device), requires_grad=self.learned)
 
     def update(self, task: str, image: Tensor, has_image: Tensor, text: Tensor) -> None:
@@ -48,13 +46,13 @@ class TaskSelector(nn.Module):
             has_image: [B], 1 where the sample has an image.
             text: [B, d_txt].
         """
-        sums = [(F.normalize(image, dim=-1) * has_image.unsqueeze(1)).sum(0), F.normalize(text, dim=-1).sum(0)]
-        if torch.distributed.is_initialized():  # every step, so that a checkpoint of any rank holds the sums of all
-            for value in sums:
-                torch.distributed.all_reduce(value)
         with torch.no_grad():
-            self.image_keys[task] += sums[0]
-            self.text_keys[task] += sums[1]
+            image_sum = (F.normalize(image, dim=-1) * has_image.unsqueeze(1)).sum(0)
+            sums = torch.cat([image_sum, F.normalize(text, dim=-1).sum(0)])
+            if torch.distributed.is_initialized():  # every step, so that a checkpoint of any rank holds the sums of all
+                torch.distributed.all_reduce(sums)
+            self.image_keys[task] += sums[: len(image_sum)]
+            self.text_keys[task] += sums[len(image_sum) :]
 
     def alignment_loss(self, task: str, image: Tensor, has_image: Tensor, text: Tensor) -> Tensor:
         """Mean over the batch of (1 - cos) to the task's image key and text key; arguments as for `update`."""
@@ -63,46 +61,28 @@ class TaskSelector(nn.Module):
         return (image_term + text_term).mean()
 
     def scores(self, image: Tensor, has_image: Tensor, text: Tensor) -> Tensor:
-        """[B, T], sum of the cosine similarities; for a sample without an image the text term alone."""
-        image_keys = F.normalize(torch.stack(list(self.image_keys.values())), dim=-1)
-        text_keys = F.normalize(torch.stack(list(self.text_keys.values())), dim=-1)
-        image_score = F.normalize(image, dim=-1) @ image_keys.T * has_image.unsqueeze(1)
-        return image_score + F.normalize(text, dim=-1) @ text_keys.T
+        """[B, T], sum of the cosine similarities; for a sample without an image the text term alone.
 
+        Always in float32: keys of related tasks differ by less than bfloat16 can tell.
+        """
+        with torch.autocast(text.device.type, enabled=False):
+            image_keys = F.normalize(torch.stack(list(self.image_keys.values())).float(), dim=-1)
+            text_keys = F.normalize(torch.stack(list(self.text_keys.values())).float(), dim=-1)
+            image_score = F.normalize(image.float(), dim=-1) @ image_keys.T * has_image.unsqueeze(1)
+            return image_score + F.normalize(text.float(), dim=-1) @ text_keys.T
 
-@torch.no_grad()
-def embed(towers: Towers, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Frozen embeddings of a batch's samples, from the model's own vision tower and input embeddings.
+    def choose(
+        self, image: Tensor, has_image: Tensor, text: Tensor, *, min_similarity: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The task of each sample, as an index into `tasks`.
 
-    The image embedding is the mean over the vision tower's tokens (and over a sample's images), the text embedding the mean
-    of the decoder's input embeddings over the prompt's text tokens. Both are float32 and do not depend on the rest of the batch.
+        Args:
+            min_similarity: smallest cosine, averaged over the sample's image and text, at which a task counts as found.
 
-    Returns:
-        image [B, d_img] (zero without an image), has_image [B], text [B, d_txt].
-
-    Raises:
-        NotImplementedError: the vision tower takes more than `pixel_values`, or does not give one output per image.
-    """
-    inputs = batch["inputs"]
-    ids: Tensor = inputs["input_ids"]
-    image_token = towers.model.config.image_token_id
-    is_text = (prompt_mask(batch) * (ids != image_token)).float().unsqueeze(-1)
-    embeddings = towers.model.get_input_embeddings()(ids).float()
-    text = (embeddings * is_text).sum(1) / is_text.sum(1).clamp(min=1)
-    counts = torch.tensor(batch["num_images"], device=ids.device)
-    vision = towers.model.get_submodule(towers.vision)
-    width = towers.model.config.vision_config.hidden_size
-    image = torch.zeros(len(counts), width, device=ids.device)
-    if any(batch["num_images"]):
-        pixels: Tensor = inputs["pixel_values"]
-        if pixels.dim() != 4 or pixels.shape[0] != sum(batch["num_images"]):
-            raise NotImplementedError(
-                "strategy.selector: keys from the model's own vision tower need one picture per image; "
-                f"{type(towers.model).__name__} cuts images into tiles or patches. Use selector: oracle"
-            )
-        hidden = vision(pixels.to(next(vision.parameters()).dtype)).last_hidden_state.float().mean(1)
-        owner = torch.arange(len(counts), device=ids.device).repeat_interleave(
-            counts, output_size=sum(batch["num_images"])
-        )
-        image = image.index_add(0, owner, hidden) / counts.clamp(min=1).unsqueeze(1)
-    return image, (counts > 0).float(), text
+        Returns:
+            index [B], and [B] with 1 where a task was found and 0 where none is similar enough; None if all count.
+        """
+        best = self.scores(image, has_image, text).max(1)
+        if min_similarity is None:
+            return best.indices, None
+        return best.indices, (best.values / (1 + has_image) >= min_similarity).float()

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mcit_lightning.aliases import check_aliases
 from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.evaluation.metrics import get_metric
+from mcit_lightning.evaluation.metrics import check_metric
 from mcit_lightning.instantiate import check_arguments, split_node
 from mcit_lightning.registry import nearest
 from mcit_lightning.strategies import STRATEGIES, ContinualStrategy
@@ -130,7 +130,7 @@ def _tasks(config: ExperimentConfig) -> None:
                     f"tasks.{name}.{split}: is not set; give the file of that split, relative to data.root"
                 )
         try:
-            get_metric(task.metric)
+            check_metric(task)
         except ValueError as error:
             raise ValueError(f"tasks.{name}.metric: {error}") from error
 

@@ -192,7 +192,7 @@ def test_the_first_token_gate_is_a_constant_of_task_and_module(experiment: Calla
     with torch.no_grad(), module.strategy.routing(module.towers, batch, "colours"):
         module.model(**batch["inputs"])
     assert isinstance(module.strategy, BranchLoRA)
-    count, mass = module.strategy.usage().unbind(1)
+    count, mass = module.strategy.usage(module.towers.adapters).unbind(1)
     assert count.shape == (14, 4) and set(count.unique().tolist()) == {0.0, 4.0}
     torch.testing.assert_close(mass.sum(1), torch.full((14,), 4.0))
 
@@ -211,7 +211,7 @@ def test_usage_counts_once_under_activation_checkpointing(experiment: Callable[.
             output = module.strategy.loss(module.model, batch, STAGES[0])
         output.loss.backward()
         assert isinstance(module.strategy, BranchLoRA)
-        usages.append(module.strategy.usage())
+        usages.append(module.strategy.usage(module.towers.adapters))
         layer = next(iter(module.towers.adapters.values()))
         gradients.append([layer.routers["colours"].grad, layer.lora_a["trunk"].grad, layer.lora_b["expert1"].grad])
     assert torch.equal(usages[0], usages[1]) and usages[0][:, 0].sum(1).unique().tolist() == [2 * 4.0]

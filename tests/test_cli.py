@@ -1,5 +1,6 @@
 """The command line: exit status and one line for what went wrong."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mcit_lightning.__main__ import main
+from mcit_lightning.commands import COMMANDS, find_command
 
 
 def test_bad_input_is_one_line_and_status_2(
@@ -42,6 +44,81 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
             main([flag])
         assert stop.value.code == 0
     assert "mcit-lightning" in capsys.readouterr().out
+
+
+def test_help_lists_every_command_and_loads_nothing_slow() -> None:
+    """In a process of its own: here torch is loaded already."""
+    ask = (
+        "import sys\nfrom mcit_lightning.__main__ import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'transformers', 'lightning', 'omegaconf'} & set(sys.modules), 'slow'"
+    )
+    shown = {}
+    for words in (("--help",), *((*command.words, "--help") for command in COMMANDS[1:]), ("--version",)):
+        done = subprocess.run([sys.executable, "-c", ask, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        shown[words] = done.stdout
+    for command in COMMANDS:
+        assert f"{command.name} {command.usage}" in shown[("--help",)] and command.help in shown[("--help",)]
+        if command.words:
+            assert f"usage: {command.name} " in shown[(*command.words, "--help")]
+    assert "--rows N" in shown[("data", "sample", "--help")] and "exit status" in shown[("data", "verify", "--help")]
+
+
+@pytest.mark.parametrize(("words", "hint"), [(["data", "verfy"], "'verify'"), (["data"], "sample, verify")])
+def test_an_unknown_command_is_named_with_the_nearest(
+    words: list[str], hint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(words) == 2
+    assert hint in caplog.text and "--help" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words", "rest"),
+    [
+        (["smoke", "a=b"], (), ["smoke", "a=b"]),
+        (["data", "verify", "x"], ("data", "verify"), ["x"]),
+        (["score", "x"], ("score",), ["x"]),
+        (["data.yaml"], (), ["data.yaml"]),
+        ([], (), []),
+    ],
+)
+def test_a_command_is_found_by_its_words(arguments: list[str], words: tuple[str, ...], rest: list[str]) -> None:
+    command, left = find_command(arguments)
+    assert (command.words, left) == (words, rest)
+
+
+def test_options_and_overrides_may_be_mixed() -> None:
+    parser = find_command(["data", "verify"])[0].parser()
+    options = parser.parse_intermixed_args(["smoke", "--lengths", "3", "seed=1", "--images", "0", "data.root=x"])
+    assert options.overrides == ["seed=1", "data.root=x"] and (options.lengths, options.images) == (3, 0)
+    for wrong in (["--lengths", "-1"], ["--samples", "0"], ["--workers", "many"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["data", "verify", "smoke", *wrong])
+        assert stop.value.code == 2
+
+
+def test_only_a_run_says_that_it_continues(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from mcit_lightning.commands import data_sample, run
+
+    def stop(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_sample, "command", stop)
+    monkeypatch.setattr(run, "command", stop)
+    assert main(["data", "sample", "smoke", "--rows", "1", "--out", "x"]) == 130
+    assert "interrupted" in caplog.text and "continues" not in caplog.text
+    assert main(["smoke"]) == 130 and "continues the run" in caplog.text
+
+
+def test_predictions_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"question_id": str(n), "text": text, "answer": "red"} for n, text in enumerate(("red", "Red.", "blue", ""))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert main(["score", str(tmp_path / "rows.jsonl"), "--metric", "exact_match"]) == 0
+    assert "50.00" in capsys.readouterr().out
+    assert main(["score", str(tmp_path / "none.jsonl"), "--metric", "exact_match"]) == 2
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from mcit_lightning.dry_run import Plan, plan, show
 from mcit_lightning.dry_run.forecast import Range, forecast
 from mcit_lightning.dry_run.inventory import rows_in_use, take_inventory
 from mcit_lightning.dry_run.skeleton import build_towers, has_weights, read_config
-from mcit_lightning.dry_run.steps import planned_devices
+from mcit_lightning.engine import planned_devices
 from mcit_lightning.stages import Stage
 from mcit_lightning.towers import Towers
 from mcit_lightning.validation import build_strategy
@@ -190,10 +190,10 @@ def test_every_family_is_built_without_weights(family: str, tmp_path: Path) -> N
     except ImportError as error:
         pytest.skip(str(error))
     backbone = BackboneConfig(id=str(tmp_path))
-    assert has_weights(backbone)
+    assert has_weights(backbone.id)
     for file in tmp_path.glob("*.safetensors"):
         file.unlink()
-    assert not has_weights(backbone)
+    assert not has_weights(backbone.id)
     towers = build_towers(backbone)
     assert all(parameter.is_meta for parameter in towers.model.parameters())
     strategy = build_strategy(
@@ -228,6 +228,16 @@ def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(name: str, monkeypat
     monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ValueError, match="no such folder"):
         read_config(BackboneConfig(id=name))
+
+
+def test_a_second_model_of_the_strategy_is_not_loaded(smoke_config: Config) -> None:
+    strategy = {"name": "branchlora", "rank": 8, "alpha": 16, "experts": 4, "key_encoder": "nobody/no-such-clip"}
+    began = time.perf_counter()
+    found = plan(smoke_config(strategy=strategy))
+    assert time.perf_counter() - began < 10 and found.forecast is not None
+    (lack,) = found.inventory.missing
+    assert lack[0] == "strategy.key_encoder" and "nobody/no-such-clip" in lack[1]
+    assert "strategy.key_encoder is a model of its own" in text_of(found)
 
 
 def test_missing_files_are_named_with_their_place(smoke_config: Config, tmp_path: Path) -> None:

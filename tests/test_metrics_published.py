@@ -122,7 +122,7 @@ def test_metrics_of_ones_own_have_no_published_mode() -> None:
         assert build_metric("only_here").score("", None, {}) == 1.0
         with pytest.raises(ValueError, match="'only_here' has no mode 'published'"):
             check_metric(TaskConfig(metric="only_here", metric_mode="published"))
-        with pytest.raises(ValueError, match="'only_here' does not take {'side': 3}"):
+        with pytest.raises(ValueError, match=r"'only_here' does not take \{'side': 3\}"):
             task_metric(TaskConfig(metric="only_here", metric_args={"side": 3}))
         with pytest.raises(ValueError, match="'fixed' or 'published', got 'x'"):
             OnlyHere(mode="x")  # type: ignore[arg-type]

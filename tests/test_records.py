@@ -78,7 +78,9 @@ def test_image_without_token_and_several_images() -> None:
 def test_test_rows() -> None:
     sample = parse_row({**TEST_ROW, "answer": ["cat", "a cat"], "size": [1, 2]}, PLACE, task="t", split="test")
     assert (sample.id, sample.turns, sample.reference) == ("q1", (("user", "What?"),), ["cat", "a cat"])
-    assert sample.extra == {"size": [1, 2], "text": "What?"}
+    assert sample.extra == {"size": [1, 2], "text": "What?", "question_id": "q1"}
+    sample = parse_row({**TEST_ROW, "question_id": 7}, PLACE, task="t", split="test")
+    assert (sample.id, sample.extra["question_id"]) == ("7", 7)
     sample = parse_row(row(), PLACE, task="t", split="test")
     assert (sample.turns, sample.reference) == ((("user", "What?"),), "A cat.")
 
@@ -330,3 +332,14 @@ def test_dataset_file_with_our_keys_and_lists_of_images(tmp_path: Path, monkeypa
     split = open_one(tmp_path, "a.parquet")
     assert split[0].turns == (("user", "Same?"), ("assistant", "no"))
     assert [load_image(image, split[0]).getpixel((0, 0)) for image in split[0].images] == [(1, 1, 1), (2, 2, 2)]
+
+
+def test_malformed_rows_of_a_dataset_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    columns = {"question": ["a?", None, "c?"], "answer": ["x", "y", None]}
+    datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(ValueError, match=r"a\.parquet, row 2 .*`text` is null"):
+        open_one(tmp_path, "a.parquet", "test")
+    split = open_one(tmp_path, "a.parquet", "test", malformed="skip")
+    assert ([sample.id for sample in split], split.skipped) == (["0"], 2)

@@ -113,18 +113,30 @@ def test_missing_and_unreadable_pictures_are_all_found(config: ExperimentConfig,
     assert [name in line for line, name in zip(train.unreadable, ("00004", "00009"), strict=True)] == [True, True]
     assert "row 5 " in train.unreadable[0] and train.bad_rows == {3, 7, 4, 9}
     assert len(check_of(report, "test").pictures.unreadable) == 1
+    lengths = check_of(report, "train").lengths
+    assert lengths is not None and (lengths.measured, lengths.longest) == (
+        20,
+        30,
+    )  # without the rows that lack a picture
     assert len(report.problems) == 4
 
 
-def test_a_picture_is_decoded_once_for_all_splits(config: ExperimentConfig, root: Path) -> None:
+def test_a_picture_is_decoded_once_for_all_splits(
+    config: ExperimentConfig, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mcit_lightning.verify import pictures
+
+    decoded: list[object] = []
+    load = pictures.load_image
+    monkeypatch.setattr(pictures, "load_image", lambda *given: (decoded.append(given), load(*given))[1])
     name = "colours/images/train_00000.png"
     (root / name).write_text("no picture")
     for split in ("train", "val", "test"):
         change(root / f"colours/{split}.json", lambda rows: [row.update(image=name) for row in rows])
     seen: list[int] = []
     report = verify(config, FAST, lambda label, count: seen.append(count))
-    assert sum(seen) == 3 and [check.pictures.files for check in report.checks] == [1, 1, 1]
-    assert all("no picture" not in line and "row 1 " in line for line in report.problems)
+    assert len(decoded) == 1 and sum(seen) == 3
+    assert [len(check.pictures.unreadable) for check in report.checks] == [1, 1, 1]
 
 
 def test_the_limit_of_decoded_pictures_does_not_limit_the_search(config: ExperimentConfig, root: Path) -> None:
@@ -164,6 +176,12 @@ def test_what_is_to_be_skipped_is_noted(config: ExperimentConfig, root: Path) ->
     change(root / "colours/train.json", lambda rows: rows[2].pop("conversations"))
     train = check_of(verify(with_task(config, malformed="skip"), FAST), "train")
     assert (train.problems, len(train.notes), train.used) == ([], 1, 23)
+
+
+def test_what_only_a_run_would_refuse_is_a_problem(config: ExperimentConfig) -> None:
+    """The rows are right, but the configuration of their task is not."""
+    report = verify(with_task(config, columns={"id": "number"}), FAST)
+    assert len(report.problems) == 3 and all("tasks.colours.columns" in line for line in report.problems)
 
 
 def test_answers_that_the_metric_cannot_score_are_listed(config: ExperimentConfig, root: Path) -> None:
@@ -245,6 +263,24 @@ def test_coco_captions_and_references(smoke_config: Config, root: Path) -> None:
     assert [(survey.rows, survey.fault) for survey in captions] == [(3, None), (2, None)]
     asked = report.checks[-1]
     assert asked.survey.answers == {"red": 1} and len(asked.survey.broken) == 1 and "'8'" in asked.survey.broken[0]
+
+
+def test_pictures_inside_a_dataset(smoke_config: Config, root: Path) -> None:
+    import datasets
+
+    whole = (root / "colours/images/train_00000.png").read_bytes()
+    pictures = [{"bytes": content, "path": None} for content in (whole, whole[:70], whole, b"x")]
+    table = {"question": ["What?"] * 4, "answer": ["a", "b", "b", "c"], "image": pictures}
+    dataset = datasets.Dataset.from_dict(table).cast_column("image", datasets.Image())
+    dataset.to_parquet(str(root / "table.parquet"))
+    task = TaskConfig(train="table.parquet", test="table.parquet")
+    config = smoke_config(order=["table"], tasks={"table": task}, data={"root": str(root)})
+    train = check_of(verify(config, Limits()), "train")
+    assert (train.pictures.files, train.pictures.decoded) == (4, 4) and len(train.problems) == 2
+    assert "row 2" in train.problems[0] and "row 4" in train.problems[1]
+    assert train.lengths is not None and train.lengths.measured == 2
+    assert train.survey.answers == {"a": 1, "b": 2, "c": 1}
+    assert contact_sheet("table", "", [train.survey], samples=4).height > IMAGE[1]
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,26 @@
 """Batches: plain dictionaries that Lightning moves to the device."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
 from mcit_lightning.config import PromptConfig
 from mcit_lightning.data.encode import Encoder
 from mcit_lightning.data.records import Sample, Turns
+
+SampleReader = Callable[[Sequence[Sample], Sequence[Turns]], dict[str, Tensor]]
+"""Makes tensors of samples and the turns that the model sees of them, beside the model's own inputs."""
+
+
+@runtime_checkable
+class ReadsSamples(Protocol):
+    """A strategy that wants to know more of the samples than what the model takes."""
+
+    def sample_reader(self) -> SampleReader | None:
+        """What every batch is to hold as `strategy_inputs`; None for nothing."""
+        ...
 
 
 class TrainCollator:
@@ -24,7 +37,8 @@ class TrainCollator:
     * `index`: row number in the task's file; `length`: tokens of each row before it was cut; `cut`: None for a whole row,
       `shortened` for one that lost the end of its text, `dropped` for one that lost every answer token or whose prompt
       alone is too long, and which therefore has no target;
-    * `shortened`, `dropped`: how many rows of each kind.
+    * `shortened`, `dropped`: how many rows of each kind;
+    * `strategy_inputs`, where there is a `reader`: what it makes of the samples.
 
     A row longer than `max_length` loses the end of its text. Image tokens stay even if they alone are longer.
 
@@ -33,6 +47,8 @@ class TrainCollator:
         prompt: which template.
         max_length: tokens per row, image tokens included.
     """
+
+    reader: SampleReader | None = None
 
     def __init__(self, processor: Any, prompt: PromptConfig, *, max_length: int) -> None:
         self.encoder = Encoder(processor, prompt)
@@ -63,6 +79,7 @@ class TrainCollator:
             "shortened": cut.count("shortened"),
             "dropped": cut.count("dropped"),
             "cut": cut,
+            **_read(self.reader, samples, [sample.turns for sample in samples]),
         }
 
 
@@ -70,13 +87,16 @@ class EvalCollator:
     """Prompts to answer: `inputs` left-padded, never cut, without the reference answer.
 
     Beside them `task`, `id`, `num_images`, `index` (row number in the file), `prompt` (the question without image tokens
-    and suffix), `reference` (the answer as in the file) and `extra` (the row's other keys), one entry per row.
+    and suffix), `reference` (the answer as in the file) and `extra` (the row's other keys), one entry per row, and
+    `strategy_inputs` as in training.
 
     Args:
         processor: the backbone's processor.
         prompt: which template.
-        suffix: appended to the last question after a new line; empty for none.
+        suffix: appended to the last question after a new line, unless the question ends with it; empty for none.
     """
+
+    reader: SampleReader | None = None
 
     def __init__(self, processor: Any, prompt: PromptConfig, *, suffix: str = "") -> None:
         self.encoder = Encoder(processor, prompt)
@@ -84,7 +104,8 @@ class EvalCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The batch of `samples`. Raises ValueError for an image that cannot be read."""
-        rows, others = self.encoder.encode(samples, [self._asked(sample.turns) for sample in samples])
+        turns = [self._asked(sample.turns) for sample in samples]
+        rows, others = self.encoder.encode(samples, turns)
         return {
             "inputs": {**self.encoder.pad(rows, "left"), **others},
             "task": [sample.task for sample in samples],
@@ -94,9 +115,18 @@ class EvalCollator:
             "prompt": [sample.turns[-1][1] for sample in samples],
             "reference": [sample.reference for sample in samples],
             "extra": [sample.extra for sample in samples],
+            **_read(self.reader, samples, turns),
         }
 
     def _asked(self, turns: Turns) -> Turns:
         role, text = turns[-1]
         assert role == "user", "an evaluation sample ends with a question"
-        return (*turns[:-1], (role, f"{text}\n{self.suffix}")) if self.suffix else turns
+        if not self.suffix or text.rstrip().endswith(
+            self.suffix
+        ):  # copies of one benchmark differ in whether they hold it
+            return turns
+        return (*turns[:-1], (role, f"{text}\n{self.suffix}"))
+
+
+def _read(reader: SampleReader | None, samples: Sequence[Sample], turns: Sequence[Turns]) -> dict[str, Any]:
+    return {} if reader is None else {"strategy_inputs": reader(samples, turns)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mcit_lightning.config import ExperimentConfig, TaskConfig
-from mcit_lightning.data.collate import EvalCollator, TrainCollator
+from mcit_lightning.data.collate import EvalCollator, ReadsSamples, TrainCollator
 from mcit_lightning.data.cuts import CutLog
 from mcit_lightning.data.records import Sample, Split, did_you_mean
 from mcit_lightning.data.sampler import EvalSlice, StageLoader, StageSampler, derive_seed, init_worker
@@ -90,6 +90,11 @@ class ContinualDataModule(L.LightningDataModule):
                 if (task, split) not in self._splits:
                     self._splits[task, split] = open_split(self.config.data, task, config, split, self.config.seed)
             self.max_new_tokens(task)
+
+    def setup(self, stage: str) -> None:
+        """Ask the module's strategy what it wants to know of the samples beside the model's inputs."""
+        strategy = getattr(self.trainer.lightning_module, "strategy", None) if self.trainer else None
+        self.train_collator.reader = strategy.sample_reader() if isinstance(strategy, ReadsSamples) else None
 
     @property
     def stage(self) -> Stage:
@@ -196,6 +201,7 @@ class ContinualDataModule(L.LightningDataModule):
             suffix = self.config.prompt.suffix if own is None else own
             split = self._splits[task, "test"]
             collator = EvalCollator(self.processor, self.config.prompt, suffix=suffix)
+            collator.reader = self.train_collator.reader
             loaders.append(self._eval_loader(split, split.lengths, collator))
         return loaders
 

@@ -38,8 +38,8 @@ class Sample:
         images: absolute paths, or handles of a Hugging Face dataset. They stand before the first user turn's text.
         turns: speaker and text, without `<image>`. Ends with the assistant in training, with the user in a test split.
         reference: the answer as in the file (test split only).
-        extra: every other key of the row; in a test split also `text`, the question as in the file, and `image` where it
-            is a name or a list of names, because some benchmarks score by them.
+        extra: every other key of the row; in a test split also `question_id` and `text` as in the file, and `image` where
+            it is a name or a list of names: some benchmarks score by them, and their scripts compare ids of one type.
         source: file or dataset that the row comes from, for messages.
         row: 0-based row number in the source.
     """
@@ -180,6 +180,8 @@ def _test_parts(row: dict[str, Any], identity: str | None, number: int, find: Fi
     turns = _without_image_tokens(turns, len(images))
     extra = {key: value for key, value in row.items() if key not in used and key not in ("image", "images")}
     extra["text"] = text
+    if identity is not None:
+        extra["question_id"] = row[used[0]]
     names = [image for image in images if isinstance(image, str)]
     if names:
         extra["image"] = names[0] if len(names) == 1 else names

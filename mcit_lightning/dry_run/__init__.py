@@ -6,11 +6,11 @@ from rich.console import Console
 
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.dry_run.forecast import Forecast, forecast
-from mcit_lightning.dry_run.inventory import Inventory, take_inventory
+from mcit_lightning.dry_run.inventory import KEY_ENCODER, Inventory, take_inventory
 from mcit_lightning.dry_run.memory import Memory, count, estimate_memory, projector_size
 from mcit_lightning.dry_run.skeleton import build_towers
-from mcit_lightning.dry_run.steps import StageSteps, count_steps, planned_devices
-from mcit_lightning.engine import resolve_precision
+from mcit_lightning.dry_run.steps import StageSteps, count_steps
+from mcit_lightning.engine import planned_devices, resolve_precision
 from mcit_lightning.validation import build_strategy
 
 
@@ -49,7 +49,7 @@ def plan(config: ExperimentConfig) -> Plan:
     Raises:
         ValueError: a configured target matches nothing in the model.
     """
-    strategy = build_strategy(config.strategy)
+    strategy = build_strategy({key: value for key, value in config.strategy.items() if key != KEY_ENCODER})
     stages = strategy.stages(config.order)
     devices = planned_devices(config.trainer)
     inventory = take_inventory(config)

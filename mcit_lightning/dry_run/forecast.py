@@ -105,7 +105,10 @@ def _allocated(strategy: DMoLE, towers: Towers, stages: Sequence[Stage]) -> Fore
 
 
 def expert_bounds(strategy: DMoLE, towers: Towers) -> tuple[Range, str]:
-    """Parameters of a task's experts under the budget, and in words how many modules they are."""
+    """Parameters of a task's experts under the budget, and in words how many modules they are.
+
+    They are fewer if gradients reach fewer linears than the budget allows.
+    """
     config = strategy.config
     candidates = strategy.candidates(towers)
     total = sum(len(paths) for paths in candidates.values())

@@ -10,6 +10,8 @@ from mcit_lightning.dry_run.skeleton import has_weights
 from mcit_lightning.verify.rows import Survey, data_root, images_folder, survey_split
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+KEY_ENCODER = "key_encoder"
+"""Hyper-parameter of BranchLoRA that names a model beside the backbone."""
 
 
 @dataclass
@@ -37,11 +39,14 @@ class Inventory:
 def take_inventory(config: ExperimentConfig) -> Inventory:
     """Count the rows of the files that are there and list what is not. No picture is opened, nothing is written."""
     found = Inventory()
-    if not has_weights(config.backbone):
-        found.missing.append(("backbone.id", _model(config)))
+    if not has_weights(config.backbone.id, config.backbone.revision):
+        found.lack("backbone.id", _model(config, config.backbone.id))
+    encoder = config.strategy.get(KEY_ENCODER)
+    if encoder is not None and not has_weights(encoder):
+        found.lack(f"strategy.{KEY_ENCODER}", _model(config, encoder))
     root = data_root(config)
     if config.prepare is not None and not root.exists():
-        found.missing.append(("data.root", f"{root}: written by {config.prepare['_target_']} when the run starts"))
+        found.lack("data.root", f"{root}: written by {config.prepare['_target_']} when the run starts")
         return found
     for task in config.order:
         own = config.tasks[task]
@@ -97,10 +102,9 @@ def _pictures(survey: Survey) -> list[str]:
     ]
 
 
-def _model(config: ExperimentConfig) -> str:
-    name = config.backbone.id
+def _model(config: ExperimentConfig, name: str) -> str:
     if config.prepare is not None and Path(name).is_relative_to(config.data.root):
         return f"{name}: written by {config.prepare['_target_']} when the run starts"
     if Path(name).is_absolute():
-        return f"{name}: put a saved LLaVA-style model with its processor there"
+        return f"{name}: put a saved model with its processor there"
     return f"{name}: not in the hub's cache; downloaded when the run starts, or give the folder of a copy"

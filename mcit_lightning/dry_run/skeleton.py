@@ -53,11 +53,11 @@ def read_config(backbone: BackboneConfig) -> PretrainedConfig:
         ) from error
 
 
-def has_weights(backbone: BackboneConfig) -> bool:
-    """Whether the weights are on this machine, in the folder or in the hub's cache."""
-    if _is_path(backbone.id):
-        return any((Path(backbone.id) / name).is_file() for name in WEIGHTS)
-    found = (try_to_load_from_cache(backbone.id, name, revision=backbone.revision) for name in WEIGHTS)
+def has_weights(name: str, revision: str | None = None) -> bool:
+    """Whether a model's weights are on this machine, in the folder of that name or in the hub's cache."""
+    if _is_path(name):
+        return any((Path(name).expanduser() / file).is_file() for file in WEIGHTS)
+    found = (try_to_load_from_cache(name, file, revision=revision) for file in WEIGHTS)
     return any(isinstance(path, str) for path in found)
 
 

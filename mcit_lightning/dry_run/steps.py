@@ -1,11 +1,8 @@
 """Optimizer steps of every stage, counted as the data module and the Trainer will count them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.stages import Stage
@@ -54,18 +51,6 @@ def count_steps(
         steps = None if total is None else _steps(total, batch_size, epochs, devices, config.trainer)
         counted.append(StageSteps(stage, total, epochs, batch_size, steps))
     return counted
-
-
-def planned_devices(trainer: Mapping[str, Any]) -> int:
-    """Processes that the `trainer` section asks for; `auto` and -1 are what this machine has."""
-    asked, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
-    if isinstance(asked, list):
-        count = len(asked)
-    elif str(asked) in ("auto", "-1"):
-        count = max(1, torch.cuda.device_count()) if trainer.get("accelerator", "auto") != "cpu" else 1
-    else:
-        count = len(str(asked).split(",")) if "," in str(asked) else int(asked)
-    return max(int(os.environ.get("WORLD_SIZE", "1")), count * nodes)
 
 
 def _steps(rows: int, batch_size: int, epochs: int, devices: int, trainer: Mapping[str, Any]) -> int:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from mcit_lightning.dry_run import Plan
 from mcit_lightning.dry_run.forecast import Forecast, Range
-from mcit_lightning.dry_run.inventory import SPLITS
+from mcit_lightning.dry_run.inventory import KEY_ENCODER, SPLITS
 from mcit_lightning.dry_run.memory import Memory
 from mcit_lightning.evaluation.formatting import NONE, bytes_text, count_text
 
@@ -26,6 +26,11 @@ def plan_tables(plan: Plan) -> Group:
         if plan.forecast.modules:
             parts += [_adapters(plan.forecast), Text()]
         parts += [_memory(plan, plan.memory), Text()]
+        if plan.config.strategy.get(KEY_ENCODER) is not None:
+            parts += [
+                Text(f"strategy.{KEY_ENCODER} is a model of its own, which is not counted here", style="yellow"),
+                Text(),
+            ]
     findings = {
         "broken (mcit-lightning data verify lists every row)": plan.inventory.broken,
         "missing": plan.inventory.missing,

@@ -262,6 +262,8 @@ def command(options: argparse.Namespace) -> int:
             write_for_judge(options.write, options.predictions, options.questions, options.template, options.out)
         )
         return 0
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size: is {options.batch_size}, must be at least 1")
     metric, mode, arguments = _chosen(options)
     found = rescore(
         options.predictions,
@@ -270,7 +272,7 @@ def command(options: argparse.Namespace) -> int:
         questions=options.questions,
         mode=mode,
         metric_args=arguments,
-        batch_size=max(1, options.batch_size),
+        batch_size=options.batch_size,
     )
     console.print(f"{metric} ({mode}): {found.score:.2f} over {len(found.rows)} rows")
     for name, value in found.details.items():

@@ -3,68 +3,24 @@
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mcit_lightning.adapters import AdapterLinear
-from mcit_lightning.gates import GateInput, GateState
+from mcit_lightning.clip_keys import CLIPKeyEncoder
+from mcit_lightning.data.collate import SampleReader
+from mcit_lightning.gates import GateState
+from mcit_lightning.key_encoders import Embeddings, KeyEncoder, TowerEncoder
 from mcit_lightning.loss import Batch, LossOutput, answer_loss, prompt_mask
 from mcit_lightning.plans import FreezeRecord, TaskPlan
-from mcit_lightning.selector import TaskSelector, embed
+from mcit_lightning.selector import TaskSelector
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES
-from mcit_lightning.strategies.moelora import ROUTER, MoELoRA, MoELoRAConfig, set_gates
+from mcit_lightning.strategies.branchlora_config import BranchLoRAConfig
+from mcit_lightning.strategies.moelora import ROUTER, MoELoRA, set_gates
+from mcit_lightning.tiles import image_tokens
 from mcit_lightning.towers import Towers
-
-
-@dataclass
-class BranchLoRAConfig(MoELoRAConfig):
-    """The method's parts can be switched off one by one, which gives the paper's ablation down to MoELoRA."""
-
-    shared_trunk: bool = True
-    """One A per module for all branches; False gives every branch its own."""
-    top_k: int | None = 2
-    """Branches per sample; null mixes all of them."""
-    gate_input: GateInput = "first"
-    """What the router reads. In a causal decoder the `first` token's state does not depend on the sample: the gate is then
-    constant per task and module. `mean` (over the prompt) and `token` route by content."""
-    normalize_gate_input: bool = True
-    """Divide the router's input by its root mean square; the first token's activations are extreme."""
-    router_noise: float = 0.7
-    """Standard deviation of the noise on the logits in training; without it the choice stays where it was initialised."""
-    freeze_branches: bool = True
-    """After a task, freeze the branches of each module that it used most."""
-    freeze_count: int | None = None
-    """How many freeze per task and module; null: top_k."""
-    freeze_only_tunable: bool = False
-    """Choose among branches that are not frozen yet; by default an already frozen one may be chosen again."""
-    freeze_trunk_after: int | None = None
-    """Freeze A after that many tasks; null: it trains on."""
-    task_routers: bool = True
-    """A router per task, and a selector that finds it at evaluation; False: one router for all tasks."""
-    selector: Literal["keys", "learned_keys", "oracle"] = "keys"
-    """How a sample's task is found: keys that are means of unit embeddings, keys trained by the alignment loss, or the true task
-    (to tell routing errors from weight drift)."""
-    alignment_weight: float = 1.0
-    """lambda of the alignment loss, for learned keys."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_k is not None and not 1 <= self.top_k <= self.experts:
-            raise ValueError(f"top_k: is {self.top_k}, must be between 1 and experts ({self.experts}), or null for all")
-        if self.top_k == 1:
-            raise ValueError(
-                "top_k: with 1 the softmax over the chosen branch is always 1 and the router gets no gradient; use 2"
-            )
-        if self.router_noise < 0:
-            raise ValueError(f"router_noise: is {self.router_noise}, must not be negative")
-        if self.freeze_branches and self.top_k is None and self.freeze_count is None:
-            raise ValueError("freeze_count: is needed when top_k is null and freeze_branches is true")
-        if set(self.targets) - {"language"}:
-            raise ValueError(f"targets: BranchLoRA routes tokens of the language model; got {sorted(self.targets)}")
 
 
 @STRATEGIES.register("branchlora")
@@ -82,12 +38,15 @@ class BranchLoRA(MoELoRA):
 
     def __init__(self, config: BranchLoRAConfig) -> None:
         super().__init__(config)
-        self.top_k, self.gate_input, self.normalize = config.top_k, config.gate_input, config.normalize_gate_input
+        self.top_k, self.renormalize = config.top_k, config.renormalize_top_k
+        self.gate_input, self.normalize = config.gate_input, config.normalize_gate_input
         self.selector = TaskSelector(learned=config.selector == "learned_keys")
         self.frozen: dict[str, set[str]] = {}
         self._steps = 0
         self._choice: Tensor | None = None
-        self._embedded: tuple[Tensor, Tensor, Tensor] | None = None
+        self._found: Tensor | None = None
+        self._embedded: Embeddings | None = None
+        self._encoder: KeyEncoder | None = None
 
     def get_extra_state(self) -> Tensor:
         """Number of batches that got noise; kept beside the weights, and on the CPU, where it is needed."""
@@ -100,6 +59,31 @@ class BranchLoRA(MoELoRA):
     def required_callbacks(self) -> tuple[str, ...]:
         """`BranchFreeze`, where branches are to freeze."""
         return ("BranchFreeze",) if self.config.freeze_branches else ()
+
+    @property
+    def uses_keys(self) -> bool:
+        """Whether a sample's task is found by keys."""
+        return self.config.task_routers and self.config.selector != "oracle"
+
+    def check(self, towers: Towers, stages: list[Stage]) -> None:
+        """Look for the targets, and load the key encoder. Raises ValueError where one of them is not there."""
+        super().check(towers, stages)
+        self.key_encoder()
+
+    def key_encoder(self) -> KeyEncoder:
+        """What makes the embeddings of the keys; loaded at the first call.
+
+        Raises:
+            ValueError: `key_encoder` names no CLIP model.
+        """
+        if self._encoder is None:
+            name = self.config.key_encoder
+            self._encoder = TowerEncoder() if name is None else CLIPKeyEncoder(name)
+        return self._encoder
+
+    def sample_reader(self) -> SampleReader | None:
+        """What the key encoder wants to know of the samples."""
+        return self.key_encoder().reader
 
     def trunk(self, index: int) -> str:
         """The shared trunk, or a branch's own A."""
@@ -115,20 +99,28 @@ class BranchLoRA(MoELoRA):
         """The planned router in every module, and the task's keys."""
         router = plan.extra["router"]
         for path, layer in towers.adapters.items():
+            before = list(layer.routers.values())
+            is_new = router not in layer.routers
             layer.add_router(router, seed=self.seed, path=path)
+            if is_new and self.config.router_init == "zeros":
+                nn.init.zeros_(layer.routers[router])
+            elif is_new and before and self.config.router_init == "previous":
+                layer.routers[router].data.copy_(before[-1].data)
         if self.config.task_routers:
-            config = towers.model.config
-            width = config.vision_config.hidden_size, config.get_text_config().hidden_size
-            self.selector.add_task(router, *width, towers.model.device)
+            self.selector.add_task(router, *self.key_encoder().widths(towers), towers.model.device)
 
     def trainable(self, towers: Towers, stage: Stage) -> Iterator[nn.Parameter]:
-        """The trunk (unless its time is over), branches that are not frozen, the stage's routers, and learned keys."""
+        """The trunk (unless its time is over), branches that are not frozen, the stage's routers, and learned keys.
+
+        A branch that owns its A freezes as a whole.
+        """
         after = self.config.freeze_trunk_after
         router = stage.name if self.config.task_routers else ROUTER
         for path, layer in towers.adapters.items():
+            frozen = self.frozen.get(path, set())
             if after is None or stage.index < after:
-                yield from layer.lora_a.values()
-            yield from (b for name, b in layer.lora_b.items() if name not in self.frozen.get(path, ()))
+                yield from (a for name, a in layer.lora_a.items() if name not in frozen)
+            yield from (b for name, b in layer.lora_b.items() if name not in frozen)
             yield layer.routers[router]
         if self.selector.learned:
             yield self.selector.image_keys[router]
@@ -139,10 +131,20 @@ class BranchLoRA(MoELoRA):
         for path, names in record.branches.items():
             self.frozen.setdefault(path, set()).update(names)
 
-    def usage(self) -> Tensor:
-        """[modules, 2, E] of the last training batch: how often each branch was chosen, and the sum of its gates."""
-        assert self.state is not None
-        return torch.stack(list(self.state.usage.values()))
+    def exhausted(self, towers: Towers) -> list[str]:
+        """Modules in which every branch is frozen."""
+        return [path for path, layer in towers.adapters.items() if self.frozen.get(path, set()) >= set(layer.lora_b)]
+
+    def usage(self, layers: dict[str, AdapterLinear]) -> Tensor:
+        """[modules, 2, E] of the last training batch: how often each branch was chosen, and the sum of its gates.
+
+        Args:
+            layers: module path -> layer, in the order of the rows. Modules are called in another order than they are listed in
+                by some models, and a module that was not called has zeros.
+        """
+        assert self.state is not None and self.state.usage
+        unused = torch.zeros_like(next(iter(self.state.usage.values())))
+        return torch.stack([self.state.usage.get(path, unused) for path in layers])
 
     def most_used(self, layers: dict[str, AdapterLinear], count: Tensor, mass: Tensor) -> dict[str, list[str]]:
         """Branches to freeze after a task, per module.
@@ -150,22 +152,24 @@ class BranchLoRA(MoELoRA):
         Args:
             layers: module path -> layer, in the order of the rows.
             count: [modules, E], how often each branch was among the chosen.
-            mass: [modules, E], sum of its gates; decides between equal counts, then the lower index.
+            mass: [modules, E], sum of its gates. `freeze_by` says which of the two counts; the other decides between equals,
+                then the lower index.
         """
         number = self.config.freeze_count or self.config.top_k
         assert number is not None
+        first, second = (count, mass) if self.config.freeze_by == "count" else (mass, count)
         chosen: dict[str, list[str]] = {}
         for row, (path, layer) in enumerate(layers.items()):
             names = list(layer.lora_b)
             old = self.frozen.get(path, set()) if self.config.freeze_only_tunable else set()
-            rank = sorted((-count[row, e].item(), -mass[row, e].item(), e) for e in range(len(names)))
+            rank = sorted((-first[row, e].item(), -second[row, e].item(), e) for e in range(len(names)))
             chosen[path] = [names[e] for used, _, e in rank if used < 0 and names[e] not in old][:number]
         return chosen
 
     def loss(self, model: nn.Module, batch: Batch, stage: Stage) -> LossOutput:
         """Cross-entropy, with lambda times the alignment loss of the stage's keys where they are learned."""
         output = answer_loss(model, batch)  # type: ignore[arg-type]
-        if self.selector.learned and self.config.task_routers:
+        if self.selector.learned:
             assert self._embedded is not None
             alignment = self.selector.alignment_loss(stage.name, *self._embedded)
             output.loss = output.loss + self.config.alignment_weight * alignment
@@ -176,26 +180,31 @@ class BranchLoRA(MoELoRA):
         """The stage's router in training; at evaluation the one that the selector finds for each sample."""
         if task is not None:
             router = task if self.config.task_routers else ROUTER
-            state = GateState(mask=prompt_mask(batch), router=router)
-            if self.training and self.config.task_routers and self.config.selector != "oracle":
-                self._embedded = embed(towers, batch)
+            counting = self.training and self.config.freeze_branches
+            state = GateState(mask=prompt_mask(batch), router=router, counting=counting)
+            if self.uses_keys and (self.training or self.selector.learned):
+                self._embedded = self.key_encoder().embed(towers, batch)
                 if not self.selector.learned:
                     self.selector.update(task, *self._embedded)
-            if self.training and self.config.router_noise > 0 and self.gate_input != "token":
+            if self.training and self.config.router_noise > 0:
                 state.noise = self._noise(towers, len(batch["id"]))
             return state
         state = GateState(mask=prompt_mask(batch), router=ROUTER, generating=True)
-        self._choice = None
+        self._choice = self._found = None
         if self.config.task_routers and towers.adapters:
-            self._choice = self._choose(towers, batch)
-            state.choice = self._choice
+            self._choice, self._found = self._choose(towers, batch)
+            state.choice, state.active = self._choice, self._found
+        elif self.uses_keys:  # before any training: what the first training step would stumble over
+            self.key_encoder().check(towers, batch)
         return state
 
     def routed_to(self) -> list[list[str]] | None:
-        """The task whose router each sample of the last evaluation batch got."""
+        """The task whose router each sample of the last evaluation batch got; none where no key was similar enough."""
         if self._choice is None:
             return None
-        return [[self.selector.tasks[index]] for index in self._choice.tolist()]
+        found = [True] * len(self._choice) if self._found is None else (self._found > 0).tolist()
+        tasks = self.selector.tasks
+        return [[tasks[index]] if known else [] for index, known in zip(self._choice.tolist(), found, strict=True)]
 
     @contextmanager
     def merged(self, towers: Towers, batch: Batch, task: str) -> Iterator[None]:
@@ -205,11 +214,11 @@ class BranchLoRA(MoELoRA):
         with that task's router; no routing context is needed.
 
         Args:
-            batch: any batch whose prompts start with the template's first token; its first row is run once to read the gates.
+            batch: any batch whose prompts start with the template's first token; it is run once to read the gates.
             task: a learnt task.
 
         Raises:
-            ValueError: the gate depends on the sample, or the task has no router.
+            ValueError: the gate depends on the sample, the task has no router, or the layers are merged already or quantised.
         """
         if self.gate_input != "first":
             raise ValueError(
@@ -219,26 +228,38 @@ class BranchLoRA(MoELoRA):
         layers = towers.adapters
         if not layers or router not in next(iter(layers.values())).routers:
             raise ValueError(f"task {task!r} has no router; learnt: {', '.join(self.selector.tasks) or 'none'}")
-        self.state = GateState(mask=prompt_mask(batch), router=router, generating=True)
+        mask = prompt_mask(batch)
+        if image_tokens(towers, batch)[torch.arange(len(mask), device=mask.device), mask.argmax(1)].any():
+            raise ValueError(
+                "the prompts start with an image, so the gate of the first token depends on the sample and cannot be merged; "
+                "use a prompt.template that starts with text"
+            )
+        self.state = GateState(mask=mask, router=router, generating=True)
         set_gates(towers, self.state)
         with torch.no_grad():
             towers.model(**batch["inputs"])
         gates = {path: gate[0] for path, gate in self.state.decided.items()}
+        self.state.decided.clear()
+        if gates.keys() != layers.keys():  # a merged layer does not ask its gate
+            raise ValueError("the branches are merged already; leave the other context first")
+        merged: list[AdapterLinear] = []
         try:
             for path, layer in layers.items():
                 layer.merge(gates[path])
+                merged.append(layer)
             yield
         finally:
-            for layer in layers.values():
+            for layer in merged:
                 layer.unmerge()
 
-    def _choose(self, towers: Towers, batch: Batch) -> Tensor:
-        """[B], index of each sample's router. The oracle sends a task that was not learnt yet to the newest router."""
+    def _choose(self, towers: Towers, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """`TaskSelector.choose` for a batch. The oracle sends a task that was not learnt yet to the newest router."""
         tasks = self.selector.tasks
         if self.config.selector == "oracle":
             index = [tasks.index(task) if task in tasks else len(tasks) - 1 for task in batch["task"]]
-            return torch.tensor(index, device=batch["inputs"]["input_ids"].device)
-        return self.selector.scores(*embed(towers, batch)).argmax(1)
+            return torch.tensor(index, device=batch["inputs"]["input_ids"].device), None
+        found = self.key_encoder().embed(towers, batch)
+        return self.selector.choose(*found, min_similarity=self.config.min_similarity)
 
     def _noise(self, towers: Towers, size: int) -> dict[str, Tensor]:
         """[B, E] per module, drawn from (seed, rank, step): a resumed run and a recomputed forward see the same."""

@@ -36,14 +36,20 @@ class MoELoRA(ContinualStrategy):
         y = W0 x + (alpha / r) sum_i softmax(R x)_i B_i A_i x
 
     The scale is alpha / r with the full r. All experts and the router train through all tasks; nothing protects earlier ones.
+    All experts of a module share one dropout mask.
     """
 
     Config = MoELoRAConfig
     config: MoELoRAConfig
     state: GateState | None = None
     top_k: int | None = None
+    renormalize = True
     gate_input: GateInput = "token"
     normalize = False
+
+    def __init__(self, config: MoELoRAConfig) -> None:
+        super().__init__(config)
+        self.uses_all_parameters = "vision" not in config.targets  # LLaVA reads its tower before the last layer
 
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
         """All experts in every target, in the first stage; nothing after it."""
@@ -57,7 +63,14 @@ class MoELoRA(ContinualStrategy):
             layer = towers.attach(path, scale=self.config.alpha / self.config.rank, dropout=self.config.dropout)
             for index in range(self.config.experts):
                 layer.add_branch(f"expert{index}", rank, seed=self.seed, path=path, trunk=self.trunk(index), std=0.01)
-            layer.gate = RouterGate(path, layer, top_k=self.top_k, gate_input=self.gate_input, normalize=self.normalize)
+            layer.gate = RouterGate(
+                path,
+                layer,
+                top_k=self.top_k,
+                gate_input=self.gate_input,
+                normalize=self.normalize,
+                renormalize=self.renormalize,
+            )
         self.add_routers(towers, plan)
 
     def trunk(self, index: int) -> str:

@@ -12,7 +12,7 @@ from mcit_lightning.data.records import Split
 from mcit_lightning.data.splits import TaskSplit, open_split
 from mcit_lightning.verify.lengths import Lengths, estimate, local_processor, measure
 from mcit_lightning.verify.pictures import PictureCheck, Pictures
-from mcit_lightning.verify.rows import Survey, data_root, images_folder, survey_split
+from mcit_lightning.verify.rows import Survey, data_root, estimated_length, images_folder, survey_split
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Progress = Callable[[str, int], None]
@@ -144,12 +144,17 @@ def _open(config: ExperimentConfig, task: str, split: Split) -> tuple[TaskSplit 
 def _lengths(
     config: ExperimentConfig, check: SplitCheck, opened: TaskSplit | None, collator: TrainCollator | None, limit: int
 ) -> Lengths | None:
-    lengths = np.asarray(check.survey.lengths if opened is None else opened.lengths)
+    survey, without = check.survey, check.pictures.bad_rows
+    lengths = np.asarray(survey.lengths if opened is None else opened.lengths)
     if len(lengths) == 0:
         return None
-    if opened is None or collator is None:
+    if collator is None:
         return estimate(lengths, config.data.max_length)
-    return measure(opened.__getitem__, lengths, collator, limit=limit, without=check.pictures.bad_rows)
+    if opened is not None:
+        return measure(opened.__getitem__, lengths, collator, limit=limit, without=without)
+    samples = [survey.sample(row, parts) for row, parts in survey.drawn]
+    drawn = np.asarray([estimated_length(parts) for _, parts in survey.drawn])
+    return measure(samples.__getitem__, drawn, collator, limit=limit, without=without)
 
 
 def _judge(check: SplitCheck, skip_malformed: bool, refusal: str | None) -> None:
@@ -165,6 +170,10 @@ def _judge(check: SplitCheck, skip_malformed: bool, refusal: str | None) -> None
     if survey.repeated_ids:
         check.notes.append(f"{where}: repeated ids: {survey.repeated_ids:,} of {survey.rows:,}")
     if lengths is not None and lengths.over:
-        how = f"of the {lengths.measured:,} counted" if lengths.measured else f"by an estimate of {TOKENS_PER_IMAGE} a picture"
+        how = (
+            f"of the {lengths.measured:,} counted"
+            if lengths.measured
+            else f"by an estimate of {TOKENS_PER_IMAGE} a picture"
+        )
         dropped = f"; {lengths.dropped:,} have no answer token left and would not train" if lengths.dropped else ""
         check.notes.append(f"{where}: longer than data.max_length: {lengths.over:,} samples {how}{dropped}")

@@ -16,9 +16,9 @@ from mcit_lightning.data.coco import is_object, read_coco
 from mcit_lightning.data.hf import read_dataset
 from mcit_lightning.data.images import ImageFolder, Listings
 from mcit_lightning.data.readers import Rows, check_file, file_format, read_file
-from mcit_lightning.data.records import FindReference, ImageSource, Parts, Place, Split, parse_parts
+from mcit_lightning.data.records import FindReference, ImageSource, Parts, Place, Sample, Split, parse_parts
 from mcit_lightning.data.references import References, read_references
-from mcit_lightning.evaluation.metrics import task_metric
+from mcit_lightning.evaluation.metrics import AnswerMetric, task_metric
 from mcit_lightning.evaluation.text import clean
 
 DRAWN = 200
@@ -77,6 +77,11 @@ class Survey:
                 if isinstance(name, str) and (path := self.folder.missing(name, listings)) is not None:
                     yield entry, path
 
+    def sample(self, row: int, parts: Parts) -> Sample:
+        """A row that was kept whole, with the paths of its images."""
+        images = tuple(self.folder.path(image) if isinstance(image, str) else image for image in parts.images)
+        return Sample(parts.id, self.task, images, parts.turns, parts.reference, parts.extra, self.source, row)
+
     def place(self, entry: Entry) -> Place:
         """Where an entry stands."""
         return Place(self.source, self.key, entry.row, entry.id)
@@ -128,6 +133,12 @@ def answer_text(reference: Any) -> str:
     return json.dumps(reference, ensure_ascii=False, default=str)
 
 
+def estimated_length(parts: Parts) -> int:
+    """Tokens of a row, as the sampler estimates them."""
+    characters = sum(len(text) for _, text in parts.turns)
+    return characters // CHARACTERS_PER_TOKEN + TOKENS_PER_IMAGE * len(parts.images)
+
+
 class Surveyor:
     """Sees every row while the file is read, and notes it in a `Survey`.
 
@@ -142,7 +153,7 @@ class Surveyor:
         self, survey: Survey, config: TaskConfig, find_reference: FindReference | None = None, seed: int = 0
     ) -> None:
         self._survey = survey
-        self._metric = task_metric(config) if survey.split == "test" else None
+        self._metric = _metric(config, survey.task) if survey.split == "test" else None
         self._metric_name = config.metric
         self._find_reference = find_reference
         self._ids: set[str] = set()
@@ -187,8 +198,7 @@ class Surveyor:
     def _keep(self, index: int, parts: Parts) -> None:
         survey = self._survey
         survey.entries.append(Entry(index, parts.id, parts.images))
-        characters = sum(len(text) for _, text in parts.turns)
-        survey.lengths.append(characters // CHARACTERS_PER_TOKEN + TOKENS_PER_IMAGE * len(parts.images))
+        survey.lengths.append(estimated_length(parts))
         if survey.split == "test":
             survey.answers[clean(answer_text(parts.reference))] += 1
         else:
@@ -197,6 +207,13 @@ class Surveyor:
             survey.drawn.append((index, parts))
         elif (slot := self._random.randrange(len(survey.entries))) < DRAWN:
             survey.drawn[slot] = (index, parts)
+
+
+def _metric(config: TaskConfig, task: str) -> AnswerMetric:
+    try:
+        return task_metric(config)
+    except ValueError as error:  # for example a package that it needs is not installed
+        raise ValueError(f"tasks.{task}.metric: {error}") from error
 
 
 def _read(config: TaskConfig, name: str, root: Path, key: str, split: Split, surveyor: Surveyor) -> Rows:

@@ -106,10 +106,9 @@ def _section(survey: Survey, samples: int, pen: Type) -> Section:
 
 
 def _card(survey: Survey, row: int, parts: Parts, pen: Type) -> Card:
-    images = tuple(survey.folder.path(image) if isinstance(image, str) else image for image in parts.images)
-    sample = Sample(parts.id, survey.task, images, parts.turns, parts.reference, parts.extra, survey.source, row)
+    sample = survey.sample(row, parts)
     questions = [text for role, text in parts.turns if role == "user"]
-    more = len(images) - MOSAIC
+    more = len(sample.images) - MOSAIC
     place = f"row {row + 1} \N{MIDDLE DOT} {parts.id}" + (f" \N{MIDDLE DOT} {more} more images" if more > 0 else "")
     answer = _answer(parts).strip() or "(empty)"
     if survey.split != "test" and len(questions) > 1:

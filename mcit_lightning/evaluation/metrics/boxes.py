@@ -1,5 +1,6 @@
 """Grounding: boxes in the picture."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class BoxIou(AnswerMetric):
             x1 = y1 = x2 = y2 = 0.0
         scale = 1000.0 if x1 + y1 + x2 + y2 >= 4 else 1.0
         box = (x1 / scale * width, y1 / scale * height, x2 / scale * width, y2 / scale * height)
-        return float(_raw_iou(box, right) >= 0.5)
+        return float(box_iou(box, right) >= 0.5)
 
 
 @METRICS.register("coin_grounding")
@@ -76,7 +77,7 @@ class CoinGrounding(AnswerMetric):
             box = [float(number) for number in prediction.replace("[", "").replace("]", "")[1:-1].split(",")]
         except ValueError:
             return 0.0
-        return float(len(box) == 4 and _raw_iou(_times(box, side), _times(right, side)) > 0.5)
+        return float(len(box) == 4 and box_iou(_times(box, side), _times(right, side)) > 0.5)
 
 
 def parse_box(value: Any) -> Box | None:
@@ -90,21 +91,12 @@ def parse_box(value: Any) -> Box | None:
 
 
 def box_iou(one: Box, two: Box) -> float:
-    """Area of the intersection of two boxes over the area of their union."""
+    """Area of the intersection of two boxes over the area of their union; 0 where they have none, or are no numbers."""
     width = min(one[2], two[2]) - max(one[0], two[0])
     height = min(one[3], two[3]) - max(one[1], two[1])
     shared = max(width, 0.0) * max(height, 0.0)
     area = (one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1])
-    return shared / (area - shared)
-
-
-def _raw_iou(one: Box, two: Box) -> float:
-    """`box_iou` of boxes that may have their corners in any order or be no numbers."""
-    try:
-        value = box_iou(one, two)
-    except ZeroDivisionError:
-        return 0.0
-    return value if value == value else 0.0
+    return shared / (area - shared) if area - shared > 0 else 0.0
 
 
 def _times(box: Sequence[float], factor: float) -> Box:
@@ -114,13 +106,17 @@ def _times(box: Sequence[float], factor: float) -> Box:
 def _longer_side(extra: dict[str, Any]) -> float:
     """The side of the padded square in pixels, 1 where the row has no `size`: it matters to the rounding alone."""
     size = extra.get("size", [1])
-    if not isinstance(size, list) or not size or not all(isinstance(side, int | float) and side > 0 for side in size):
+    if (
+        not isinstance(size, list)
+        or not size
+        or not all(isinstance(side, int | float) and 0 < side < math.inf for side in size)
+    ):
         raise ValueError(f"`size` must be the picture's width and height in pixels, got {size!r}")
     return float(max(size))
 
 
 def _length(extra: dict[str, Any], key: str, default: float | None = None) -> float:
     value = extra.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"`{key}` must be the picture's {key} in pixels, got {value!r}")
     return float(value)
