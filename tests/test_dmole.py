@@ -193,3 +193,20 @@ def test_answers_are_those_of_batch_size_one(experiment: Make) -> None:
             return generate_answers(module.model, module.processor, batch["inputs"], 5, end)
 
     assert answers(mixed) == [answers(rows(mixed, [row]))[0] for row in range(6)]
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+def test_features_of_test_samples_are_computed_once_per_run(
+    size: int, experiment: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, strategy, stream = learn(experiment(f"feature_cache: {size}"), 3)
+    calls = []
+    measure = strategy.features
+    monkeypatch.setattr(strategy, "features", lambda *args: calls.append(1) or measure(*args))
+    batches = evaluation_batches(stream)
+    first = [routed_logits(module, batch) for batch in batches]
+    routes = strategy.routed_to()
+    for batch, expected in zip(batches, first, strict=True):
+        assert torch.equal(routed_logits(module, batch), expected)
+    assert strategy.routed_to() == routes
+    assert len(calls) == (len(batches) if size else 2 * len(batches))

@@ -48,6 +48,7 @@ class DMoLE(ContinualStrategy):
         self.ratios: dict[str, float] | None = None
         """Tower -> share of the budget in the current stage; set before `plan`."""
         self._helpers: dict[tuple[str, bool, int], int] = {}
+        self._tested: dict[tuple[str, int], Tensor] = {}
         self._active: Tensor | None = None
         self._errors: Tensor | None = None
 
@@ -263,10 +264,20 @@ class DMoLE(ContinualStrategy):
         if config.router == "oracle":
             return self._oracle(towers, batch)
         assert self.bank is not None
-        self._errors = self.bank.errors(self.features(towers, batch))
+        self._errors = self.bank.errors(self._test_features(towers, batch))
         if config.route_scope == "batch_vote":
             return vote(self._errors, self.bank.threshold, config.vote_share)
         return best_under_threshold(self._errors, self.bank.threshold, config.top_k)
+
+    def _test_features(self, towers: Towers, batch: Batch) -> Tensor:
+        """`features` of an evaluation batch, computed once per sample and run: the pretrained model does not change."""
+        keys = list(zip(batch["task"], batch.get("index", ()), strict=False))
+        if len(keys) == len(batch["task"]) and all(key in self._tested for key in keys):
+            return torch.stack([self._tested[key] for key in keys]).to(batch["inputs"]["input_ids"].device)
+        features = self.features(towers, batch)
+        if len(self._tested) + len(keys) <= self.config.feature_cache:
+            self._tested.update(zip(keys, features.cpu(), strict=False))
+        return features
 
     def _oracle(self, towers: Towers, batch: Batch) -> Tensor:
         """The true task's expert with the co-expert that it had in training; nothing for a task that was not learnt yet."""
@@ -275,7 +286,7 @@ class DMoLE(ContinualStrategy):
         active = _one_hot(own, len(self.tasks))
         if self.config.co_expert != "none":
             assert self.bank is not None
-            self._errors = self.bank.errors(self.features(towers, batch))
+            self._errors = self.bank.errors(self._test_features(towers, batch))
             active = active + _one_hot(self._co_expert(self._errors, own), len(self.tasks))
         return active
 

@@ -63,6 +63,9 @@ class DMoLEConfig(LoRAConfig):
     """`last`: only the last tile of an image, which is InternVL's thumbnail (released code)."""
     feature_masked: bool = True
     """False: padding takes part in the pooling (released code)."""
+    feature_cache: int = 50_000
+    """Test samples whose features are kept in host memory, per process: a task is tested again after every later task, and they
+    never change (20 KB each for LLaVA-1.5-7B). 0: none."""
     router_fraction: float = 0.01
     """Share of a task's training samples that its router is made from."""
     router_minimum: int = 512
@@ -103,6 +106,8 @@ class DMoLEConfig(LoRAConfig):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: is {value}, must be greater than 0")
+        if self.feature_cache < 0:
+            raise ValueError(f"feature_cache: is {self.feature_cache}, must not be negative")
         if self.router_minimum < 2:
             raise ValueError(f"router_minimum: is {self.router_minimum}, must be at least 2")
         if self.allocation == "uniform" and self.budget_parameters is not None:
