@@ -157,11 +157,16 @@ class AdapterLinear(nn.Module):
         if not self.lora_b or self._unmerged or not self.enabled:
             return y
         a = _concatenate(list(self.lora_a.values()), 0)
-        b = _concatenate(list(self.lora_b.values()), 1)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(a.dtype)
         gate = self.gate(x) if callable(self.gate) else self.gate  # routers see what dropout leaves out
         hidden = F.linear(self.dropout(x), a)
+        if self._mixes_first(hidden, gate):
+            assert isinstance(gate, Tensor)
+            branches = torch.stack(list(self.lora_b.values()))  # [E, d_out, r]
+            mixed = torch.einsum("be,eor->bor", gate.to(hidden.dtype), branches.to(hidden.dtype))
+            return y + (self.scale * torch.bmm(hidden, mixed.transpose(1, 2))).to(y.dtype)
+        b = _concatenate(list(self.lora_b.values()), 1)
         if len(self.lora_a) != len(self.lora_b):
             hidden = hidden.index_select(-1, self.trunk_columns)  # every branch gets its trunk's columns
         if gate is not None:
@@ -170,6 +175,12 @@ class AdapterLinear(nn.Module):
                 gate = gate.unsqueeze(1)
             hidden = hidden * gate.index_select(-1, self.branch_index)
         return y + (self.scale * F.linear(hidden, b)).to(y.dtype)
+
+    def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
+        """Whether a sample's branches are summed before the product: they share a trunk and a gate, over enough tokens."""
+        if len(self.lora_a) != 1 or len(self.lora_b) == 1 or gate is None:
+            return False
+        return gate.dim() == 2 and hidden.dim() == 3 and hidden.shape[1] >= len(self.lora_b)
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (relative to this module) and parameters of trunks, branches and routers."""

@@ -28,11 +28,13 @@ def loop(module: AdapterLinear, x: Tensor, gate: Tensor | None) -> Tensor:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("shape", [None, (3,), (4, 3), (4, 7, 3)])
-def test_equals_the_loop_over_branches(shared: bool, shape: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize("length", [2, 7])
+@pytest.mark.parametrize("shape", [None, (3,), (4, 3), (4, 1, 3)])
+def test_equals_the_loop_over_branches(shared: bool, length: int, shape: tuple[int, ...] | None) -> None:
     module = layer(3, shared=shared)
-    x = torch.randn(4, 7, 6)
+    x = torch.randn(4, length, 6)
     gate = None if shape is None else torch.rand(shape)
+    gate = gate.expand(4, length, 3) if gate is not None and gate.dim() == 3 else gate
     module.gate = gate
     expanded = gate[:, None] if gate is not None and gate.dim() == 2 else gate
     torch.testing.assert_close(module(x), loop(module, x, expanded))

@@ -1,0 +1,88 @@
+"""The pictures of a finished run's test rows, found by its configuration, as far as they are still there."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mcit_lightning.config import TaskConfig
+from mcit_lightning.data.coco import is_object, read_coco
+from mcit_lightning.data.hf import read_dataset
+from mcit_lightning.data.images import ImageFolder
+from mcit_lightning.data.readers import Rows, file_format, read_file
+from mcit_lightning.data.records import Place, parse_parts
+
+logger = logging.getLogger(__name__)
+
+
+class TestPictures:
+    """Finds the first picture of a test row, for the report. Reads a test file when it is asked for one of its rows.
+
+    A file that cannot be read, or a row that is not there any more, has no picture; a file is warned of once.
+
+    Args:
+        settings: the run's resolved configuration.
+    """
+
+    __test__ = False
+    """It is no test class, whatever pytest thinks of its name."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._root = Path(os.path.abspath(os.path.expanduser(str((settings.get("data") or {}).get("root", ".")))))
+        known = {entry.name for entry in fields(TaskConfig)}
+        self._tasks = {
+            task: TaskConfig(**{key: value for key, value in values.items() if key in known})
+            for task, values in (settings.get("tasks") or {}).items()
+        }
+        self._rows: dict[str, Rows | None] = {}
+
+    def __call__(self, task: str, index: int) -> Path | Image.Image | None:
+        if task not in self._rows:
+            self._rows[task] = self._open(task)
+        rows = self._rows[task]
+        if rows is None or index >= len(rows):
+            return None
+        config = self._tasks[task]
+        # only the images are wanted: an answer that is in a file of references need not be there
+        parts = parse_parts(
+            rows.row(index), Place(rows.source, f"tasks.{task}.test", index), split="test", find_reference=_no_answer
+        )
+        if not parts.images:
+            return None
+        image = parts.images[0]
+        folder = config.images if config.test_images is None else config.test_images
+        return Path(ImageFolder(str(self._root), folder).path(image)) if isinstance(image, str) else image.open()
+
+    def _open(self, task: str) -> Rows | None:
+        config, key = self._tasks.get(task), f"tasks.{task}.test"
+        try:
+            if config is None or not config.test:
+                raise ValueError(f"{key}: config.yaml names no file")
+            return self._read(config, config.test, key)
+        except (ValueError, OSError) as error:
+            logger.warning("%s: samples are shown without pictures: %s", task, error)
+            return None
+
+    def _read(self, config: TaskConfig, name: str, key: str) -> Rows:
+        kind = file_format(name, config.format, key)
+        path = self._root / name.partition("@")[0]
+        if kind == "hf":
+            if not path.exists():  # a report must not download anything
+                raise ValueError(f"{key}: {path} does not exist, and datasets are not loaded from the hub for a report")
+            return read_dataset(name, self._root, config.columns, key, "test", _ignore)
+        path = self._root / name
+        if kind == "json" and path.is_file() and is_object(path):
+            return read_coco(path, key, "test", _ignore)
+        return read_file(path, kind, key, _ignore, _ignore)
+
+
+def _ignore(index: int, row: Any) -> None:
+    """Rows are not looked at while the file is read."""
+
+
+def _no_answer(identity: str, number: int) -> tuple[Any, dict[str, Any]]:
+    return None, {}
