@@ -100,7 +100,9 @@ def small(name: str, model: Path, folder: Path) -> ExperimentConfig:
 
 def test_all_named_experiments_are_here() -> None:
     """Every shipped experiment that needs a hub checkpoint and a published benchmark."""
-    shipped = {path.stem for path in experiments_dir().glob("*.yaml") if not path.stem.endswith(("smoke", "quickstart"))}
+    shipped = {
+        path.stem for path in experiments_dir().glob("*.yaml") if not path.stem.endswith(("smoke", "quickstart"))
+    }
     assert shipped == set(FAMILY)
 
 
@@ -128,14 +130,20 @@ def test_the_batch_was_learnt_from(name: str, done: Callable[[str], Done]) -> No
     for stage, task in enumerate(TASKS[name], start=1):
         budget = own.results.allocation.get(task, {"budget": {"language": 1}})["budget"]
         state = own.checkpoint(stage)["state_dict"]
-        new = {key: value for key, value in state.items() if ".lora_b." in key and (task in key or not own.results.allocation)}
+        new = {
+            key: value
+            for key, value in state.items()
+            if ".lora_b." in key and (task in key or not own.results.allocation)
+        }
         moved = [key for key, value in new.items() if value.abs().sum() > 0]
-        assert {"vision" if "vision_tower" in key else "language" for key in moved} == {t for t, n in budget.items() if n}
+        assert {"vision" if "vision_tower" in key else "language" for key in moved} == {
+            t for t, n in budget.items() if n
+        }
 
 
 @pytest.mark.parametrize("name", ["dmole_llava7b", "dmole_internvl2b"])
 def test_dmole_probes_splits_allocates_and_routes(name: str, done: Callable[[str], Done]) -> None:
-    config, root, results = done(name)
+    _, root, results = done(name)
     candidates = ATTENTION * (LAYERS + VISION_LAYERS[FAMILY[name]])
     assert list(results.allocation) == list(TASKS[name]) and results.routing is not None
     for task, cost in zip(TASKS[name], results.cost, strict=True):

@@ -88,6 +88,13 @@ COMMANDS = (
         "score predictions that a run, or another tool, has written, without the model",
         "score runs/quickstart/predictions/stage_06/flags.jsonl --metric exact_match",
     ),
+    Command(
+        ("report",),
+        "mcit_lightning.commands.report",
+        "RUN [RUN ...]",
+        "write report.html of finished or unfinished runs again, from their own files, without the model",
+        "report runs/quickstart runs/trial",
+    ),
 )
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class TestPictures:
     """Finds the first picture of a test row, for the report. Reads a test file when it is asked for one of its rows.
 
-    A file that cannot be read, or a row that is not there any more, has no picture; a file is warned of once.
+    A task whose file, or a row of it, cannot be read any more has no pictures and is warned of once.
 
     Args:
         settings: the run's resolved configuration.
@@ -41,31 +41,32 @@ class TestPictures:
         self._rows: dict[str, Rows | None] = {}
 
     def __call__(self, task: str, index: int) -> Path | Image.Image | None:
-        if task not in self._rows:
-            self._rows[task] = self._open(task)
-        rows = self._rows[task]
-        if rows is None or index >= len(rows):
+        try:
+            if task not in self._rows:
+                self._rows[task] = None
+                self._rows[task] = self._open(task)
+            rows = self._rows[task]
+            return None if rows is None or index >= len(rows) else self._picture(task, rows, index)
+        except (ValueError, OSError) as error:
+            logger.warning("%s: samples are shown without pictures: %s", task, error)
+            self._rows[task] = None
             return None
-        config = self._tasks[task]
+
+    def _picture(self, task: str, rows: Rows, index: int) -> Path | Image.Image | None:
+        place = Place(rows.source, f"tasks.{task}.test", index)
         # only the images are wanted: an answer that is in a file of references need not be there
-        parts = parse_parts(
-            rows.row(index), Place(rows.source, f"tasks.{task}.test", index), split="test", find_reference=_no_answer
-        )
+        parts = parse_parts(rows.row(index), place, split="test", find_reference=_no_answer)
         if not parts.images:
             return None
-        image = parts.images[0]
+        image, config = parts.images[0], self._tasks[task]
         folder = config.images if config.test_images is None else config.test_images
         return Path(ImageFolder(str(self._root), folder).path(image)) if isinstance(image, str) else image.open()
 
-    def _open(self, task: str) -> Rows | None:
+    def _open(self, task: str) -> Rows:
         config, key = self._tasks.get(task), f"tasks.{task}.test"
-        try:
-            if config is None or not config.test:
-                raise ValueError(f"{key}: config.yaml names no file")
-            return self._read(config, config.test, key)
-        except (ValueError, OSError) as error:
-            logger.warning("%s: samples are shown without pictures: %s", task, error)
-            return None
+        if config is None or not config.test:
+            raise ValueError(f"{key}: config.yaml names no file")
+        return self._read(config, config.test, key)
 
     def _read(self, config: TaskConfig, name: str, key: str) -> Rows:
         kind = file_format(name, config.format, key)

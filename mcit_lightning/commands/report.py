@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The run directories."""
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="a run directory, finished or not; its report.html is replaced"
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="a run directory, finished or not; its report.html is replaced",
     )
 
 

@@ -12,6 +12,7 @@ from mcit_lightning.evaluation.page import chart, heat_cell, heat_row, heat_tabl
 from mcit_lightning.evaluation.report_budget import budget_section
 from mcit_lightning.evaluation.report_cost import cost_section
 from mcit_lightning.evaluation.report_freezing import freezing_section
+from mcit_lightning.evaluation.report_published import published_section
 from mcit_lightning.evaluation.report_routing import routing_section
 from mcit_lightning.evaluation.report_samples import samples_section
 from mcit_lightning.evaluation.results import Results
@@ -58,6 +59,7 @@ def write_report(root: Path, results: Results, config_yaml: str, image_of: Image
         _matrix(results),
         _curves(results),
         _bars(results),
+        published_section(results, config_yaml),
         routing_section(results),
         budget_section(results),
         freezing_section(results),
