@@ -56,6 +56,8 @@ class DataConfig:
 
     root: str = MISSING
     """Folder to which the tasks' paths are relative."""
+    source: str = ""
+    """Where the files can be had, in words; a dry run says it where files are missing."""
     annotations: str = "."
     """Folder of the tasks' files below `root`, for benchmarks that publish several sets of instructions. It counts where the
     tasks' paths name it: `train: "${data.annotations}/GQA/train.json"`."""
@@ -101,6 +103,9 @@ class TaskConfig:
     references: str | None = None
     """File, relative to `data.root`, with the answers to the test rows where the benchmark keeps them apart: COCO captions, VQA
     annotations, TextVQA's or DocVQA's `data`, GQA's questions, ScienceQA's problems, or test rows."""
+    published_rows: dict[str, int] = field(default_factory=dict)
+    """Split (`train`, `val`, `test`) to the number of rows that the benchmark's authors give. A dry run plans with it until the
+    file is there; a file of another length is read all the same, and said."""
     metric: str = "exact_match"
     metric_mode: Literal["fixed", "published"] = "fixed"
     """`published` scores as the benchmark's own script does, defects included (see the metric's docstring)."""
@@ -111,6 +116,8 @@ class TaskConfig:
     lr: float | None = None
     """Learning rate of the language and vision groups for this task."""
     max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    """An answer may not end before; some published scripts force captions to a length."""
     prompt_suffix: str | None = None
 
 

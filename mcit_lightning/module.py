@@ -220,7 +220,8 @@ class MCITModule(L.LightningModule):
         began = self._clock()
         with self.strategy.routing(self.towers, batch, None):
             routed_at = self._clock()
-            texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task), end_id)
+            least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
+            texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
         self.eval_seconds["routing"] += routed_at - began
         self.eval_seconds["generation"] += self._clock() - routed_at
         metric, routed = self.answer_metrics[task], self.strategy.routed_to()

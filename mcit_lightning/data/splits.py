@@ -127,7 +127,7 @@ def open_split(data: DataConfig, task: str, config: TaskConfig, split: Split, se
             "rows; the n-th image belongs to the n-th row. Use the two files of one release."
         )
     usable = check.finish(rows)
-    _compare_with_name(rows, len(rows))
+    _compare_with_published(rows.source, len(rows), config.published_rows.get(split))
     keep = _subsample(data, usable, split, seed, task)
     folder_key = "test_images" if split == "test" and config.test_images is not None else "images"
     images = ImageFolder(root, getattr(config, folder_key))
@@ -175,14 +175,19 @@ def _read(config: TaskConfig, name: str, root: Path, key: str, split: Split, che
     return read_file(path, kind, key, check, check.unreadable if check.skip_malformed else None)
 
 
-def _compare_with_name(rows: Rows, count: int) -> None:
-    """Published names say how many rows a file has (`train_4w`: 40,000; `test_3000`); another number is worth knowing."""
-    found = re.search(r"_(\d+)([wk]?)(?:\.\w+)?$", Path(rows.source).name)
+def _compare_with_published(source: str, count: int, published: int | None) -> None:
+    """Another number of rows than the benchmark's authors give, or than the file's name says, is worth knowing."""
+    if published is not None:
+        if published != count:
+            logger.warning("%s: has %d rows; published were %d", source, count, published)
+        return
+    # published names: train_4w has 40,000 rows, test_3000 has 3,000
+    found = re.search(r"_(\d+)([wk]?)(?:\.\w+)?$", Path(source).name)
     if found is None:
         return
     promised = int(found[1]) * {"w": 10_000, "k": 1000, "": 1}[found[2]]
     if promised != count and promised >= 1000 and promised % 100 == 0 and not 1900 < promised < 2100:
-        logger.warning("%s: the name says %d rows, the file has %d", rows.source, promised, count)
+        logger.warning("%s: the name says %d rows, the file has %d", source, promised, count)
 
 
 def _subsample(data: DataConfig, usable: np.ndarray, split: Split, seed: int, task: str) -> np.ndarray:

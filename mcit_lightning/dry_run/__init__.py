@@ -54,7 +54,8 @@ def plan(config: ExperimentConfig) -> Plan:
     devices = planned_devices(config.trainer)
     inventory = take_inventory(config)
     rows = {task: used for (task, split), used in inventory.used.items() if split == "train"}
-    steps = count_steps(config, stages, rows, devices)
+    estimated = {task for task, split in inventory.estimated if split == "train"}
+    steps = count_steps(config, stages, rows, devices, estimated)
     found = Plan(config, resolve_precision(config.trainer), devices, inventory, steps)
     try:
         towers = build_towers(config.backbone)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mcit_lightning.config import DataConfig, ExperimentConfig, TaskConfig
 from mcit_lightning.data.records import Split
-from mcit_lightning.dry_run.skeleton import has_weights
+from mcit_lightning.dry_run.skeleton import has_weights, is_path
 from mcit_lightning.verify.rows import Survey, data_root, images_folder, survey_split
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -20,7 +20,7 @@ class Inventory:
 
     Args:
         rows: (task, split) -> usable rows of the file, for every file that is there.
-        used: (task, split) -> how many of them the run uses.
+        used: (task, split) -> how many of them the run uses; of a file that is not there, how many of its published rows.
         missing: (configuration key, where it should be), one for each file or folder.
         broken: (configuration key of a file, what is wrong with its rows).
     """
@@ -29,6 +29,11 @@ class Inventory:
     used: dict[tuple[str, Split], int] = field(default_factory=dict)
     missing: list[tuple[str, str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def estimated(self) -> set[tuple[str, Split]]:
+        """Splits of which the published number of rows is all that is known."""
+        return self.used.keys() - self.rows.keys()
 
     def lack(self, key: str, what: str) -> None:
         """Note something missing, once, under the first key that names it."""
@@ -65,6 +70,8 @@ def rows_in_use(data: DataConfig, usable: int, split: Split) -> int:
 
 def _split(config: ExperimentConfig, task: str, own: TaskConfig, split: Split, found: Inventory) -> None:
     key, name, root = f"tasks.{task}.{split}", str(getattr(own, split)), data_root(config)
+    if split in own.published_rows:
+        found.used[task, split] = rows_in_use(config.data, own.published_rows[split], split)
     path = root / (name.partition("@")[0] if own.format == "hf" else name)
     if own.format == "hf" and not path.exists():
         found.lack(key, f"{name}: not below {root}; read from the hub when the run starts")
@@ -80,6 +87,7 @@ def _split(config: ExperimentConfig, task: str, own: TaskConfig, split: Split, f
         if folder and not (root / folder).is_dir():
             found.lack(images, f"{root / folder}{os.sep}")
         return
+    found.used.pop((task, split), None)
     survey = survey_split(config, task, split)
     wrong = len(survey.broken) + len(survey.repeated)
     if survey.fault is not None or wrong:
@@ -105,6 +113,6 @@ def _pictures(survey: Survey) -> list[str]:
 def _model(config: ExperimentConfig, name: str) -> str:
     if config.prepare is not None and Path(name).is_relative_to(config.data.root):
         return f"{name}: written by {config.prepare['_target_']} when the run starts"
-    if Path(name).is_absolute():
-        return f"{name}: put a saved model with its processor there"
+    if is_path(name):
+        return f"{os.path.abspath(Path(name).expanduser())}: put a saved model with its processor there"
     return f"{name}: not in the hub's cache; downloaded when the run starts, or give the folder of a copy"

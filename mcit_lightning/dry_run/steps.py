@@ -1,6 +1,6 @@
 """Optimizer steps of every stage, counted as the data module and the Trainer will count them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ class StageSteps:
         epochs: passes over them.
         batch_size: samples per device and micro-batch.
         steps: optimizer steps; None as `rows`.
+        estimated: some of the rows are the published number, as their file is not there.
     """
 
     stage: Stage
@@ -25,18 +26,24 @@ class StageSteps:
     epochs: int
     batch_size: int
     steps: int | None
+    estimated: bool = False
 
 
 def count_steps(
-    config: ExperimentConfig, stages: Sequence[Stage], rows: Mapping[str, int], devices: int
+    config: ExperimentConfig,
+    stages: Sequence[Stage],
+    rows: Mapping[str, int],
+    devices: int,
+    estimated: Collection[str] = (),
 ) -> list[StageSteps]:
     """Steps of each stage.
 
     Args:
         config: the experiment.
         stages: its stages.
-        rows: task -> training rows in use, of the tasks whose file is there.
+        rows: task -> training rows in use, of the tasks of which they are known.
         devices: processes that train side by side.
+        estimated: tasks whose rows are the published number.
     """
     counted = []
     for stage in stages:
@@ -49,7 +56,8 @@ def count_steps(
         if all(name in rows for name in tasks):
             total = sum(rows[name] * (1 if alone else task.epochs) for name, task in tasks.items())
         steps = None if total is None else _steps(total, batch_size, epochs, devices, config.trainer)
-        counted.append(StageSteps(stage, total, epochs, batch_size, steps))
+        guessed = total is not None and not tasks.keys().isdisjoint(estimated)
+        counted.append(StageSteps(stage, total, epochs, batch_size, steps, guessed))
     return counted
 
 

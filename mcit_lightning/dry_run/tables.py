@@ -6,11 +6,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mcit_lightning.data.records import Split
 from mcit_lightning.dry_run import Plan
 from mcit_lightning.dry_run.forecast import Forecast, Range
 from mcit_lightning.dry_run.inventory import KEY_ENCODER, SPLITS
 from mcit_lightning.dry_run.memory import Memory
 from mcit_lightning.evaluation.formatting import NONE, bytes_text, count_text
+from mcit_lightning.verify.rows import data_root
+
+ABOUT = "~"
+"""Before a number that follows from the published number of rows."""
 
 
 def plan_tables(plan: Plan) -> Group:
@@ -38,6 +43,8 @@ def plan_tables(plan: Plan) -> Group:
     for title, lines in findings.items():
         if lines:
             parts += [Text(title, style="bold red"), *_lines(lines), Text()]
+    if any(key.startswith("tasks.") for key, _ in plan.inventory.missing):
+        parts += [_where(plan), Text()]
     if not plan.inventory.broken and not plan.inventory.missing:
         parts.append(Text("nothing is missing"))
     parts.append(Text("dry run: nothing was loaded, trained or written", style="dim"))
@@ -45,7 +52,8 @@ def plan_tables(plan: Plan) -> Group:
 
 
 def _tasks(plan: Plan) -> Table:
-    table = _table("rows in use", ("task",), ("train", "val", "test"))
+    title = "rows in use" + (f" ({ABOUT}: as published, the file is not here)" if plan.inventory.estimated else "")
+    table = _table(title, ("task",), ("train", "val", "test"))
     table.add_column("metric")
     for name in plan.config.order:
         task = plan.config.tasks[name]
@@ -54,12 +62,21 @@ def _tasks(plan: Plan) -> Table:
     return table
 
 
-def _rows(plan: Plan, task: str, split: str) -> str:
-    for key, rows in plan.inventory.rows.items():
-        if key == (task, split):
-            used = plan.inventory.used[key]
-            return f"{used:,}" if used == rows else f"{used:,} of {rows:,}"
-    return NONE
+def _rows(plan: Plan, task: str, split: Split) -> str:
+    used = plan.inventory.used.get((task, split))
+    rows = plan.inventory.rows.get((task, split))
+    if used is None:
+        return NONE
+    if rows is None:
+        return f"{ABOUT}{used:,}"
+    return f"{used:,}" if used == rows else f"{used:,} of {rows:,}"
+
+
+def _where(plan: Plan) -> Text:
+    """Where missing files can be had and where they are looked for."""
+    data = plan.config.data
+    get = f"the files: {data.source}\n" if data.source else ""
+    return Text(f"{get}they are looked for below data.root, {data_root(plan.config)}; data.root=FOLDER names another place")
 
 
 def _stages(plan: Plan) -> RenderableType:
@@ -72,19 +89,21 @@ def _stages(plan: Plan) -> RenderableType:
     table = _table(title, ("stage",), ("samples", "epochs", "batch", "per step", "steps", "trainable"))
     forecasts = [] if plan.forecast is None else plan.forecast.stages
     for number, steps in enumerate(plan.steps):
+        about = ABOUT if steps.estimated else ""
         trainable = _range(forecasts[number].trainable.plus(plan.projector)) if forecasts else NONE
         table.add_row(
             Text(steps.stage.name),
-            NONE if steps.rows is None else f"{steps.rows:,}",
+            NONE if steps.rows is None else f"{about}{steps.rows:,}",
             str(steps.epochs),
             str(steps.batch_size),
             str(steps.batch_size * plan.devices * accumulate),
-            NONE if steps.steps is None else f"{steps.steps:,}",
+            NONE if steps.steps is None else f"{about}{steps.steps:,}",
             trainable,
         )
     known = [steps.steps for steps in plan.steps if steps.steps is not None]
     if len(plan.steps) > 1 and known:
-        more = f"{sum(known):,}" + ("" if len(known) == len(plan.steps) else " +")
+        about = ABOUT if any(steps.estimated for steps in plan.steps) else ""
+        more = f"{about}{sum(known):,}" + ("" if len(known) == len(plan.steps) else " +")
         table.add_row("total", "", "", "", "", more, "", style="bold")
     return table
 
