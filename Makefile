@@ -15,6 +15,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  EXP=name   experiments/name.yaml: $(sort $(basename $(notdir $(wildcard experiments/*.yaml))))"
+	@echo "             or a backbone, a benchmark and a strategy: EXP=llava7b+ucit+dmole (docs/benchmarks.md)"
 	@echo "  ARGS=...   overrides, for example  make exp EXP=quickstart ARGS=\"optim.lr=2.0e-4 data.limit_train=64\""
 	@echo "  PYTHON, VENV   interpreter to use (python3) and environment to make (.venv)"
 
@@ -28,13 +29,13 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt requirements-quickstart.txt
 	$(BIN)/pip install --no-deps -r requirements-quickstart.txt
 	@touch $@
 
-exp: $(STAMP)  ## Run experiments/$(EXP).yaml; a run that was stopped goes on where it was
-	$(BIN)/python -m mcit_lightning experiments/$(EXP).yaml $(ARGS)
+exp: $(STAMP)  ## Run the experiment EXP; a run that was stopped goes on where it was
+	$(BIN)/python -m mcit_lightning $(EXP) $(ARGS)
 
 resume: exp  ## The same as exp
 
-verify: $(STAMP)  ## Check every row and picture of experiments/$(EXP).yaml, without the model
-	$(BIN)/python -m mcit_lightning data verify experiments/$(EXP).yaml $(ARGS)
+verify: $(STAMP)  ## Check every row and picture of the experiment EXP, without the model
+	$(BIN)/python -m mcit_lightning data verify $(EXP) $(ARGS)
 
 test: $(STAMP)  ## Fast tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from mcit_lightning.aliases import find_task
+from mcit_lightning.composition import Composition, compose
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.registry import nearest
 
@@ -34,12 +35,14 @@ def experiments_dir() -> Path:
 
 
 def find_experiment(name: str) -> Path:
-    """The file of an experiment given by path or by bare name.
+    """The file of an experiment given by path or by bare name; a composition (`llava7b+ucit+dmole`) stays as it is.
 
     Raises:
         ValueError: there is none; lists what there is.
     """
     folder = experiments_dir()
+    if compose(name, folder) is not None:
+        return Path(name)
     candidates = [Path(name), folder / f"{name}.yaml"]
     if str(Path(name).parent) in (".", "experiments"):  # another folder would be another experiment
         candidates.append(folder / Path(name).name)
@@ -54,7 +57,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
     """Read an experiment file with its bases and overrides, and check it without loading model or data.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or a composition (`mcit_lightning.composition`).
         overrides: `key=value` strings, for example `tasks.flags.epochs=2` or `order=[flags,digits]`.
 
     Raises:
@@ -67,7 +70,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
         register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # renamed in OmegaConf 2.4
         register("cache", cache_dir)
     merged: DictConfig = OmegaConf.structured(ExperimentConfig)
-    for file, content in _with_bases(Path(path), ()):
+    composed = compose(str(path), experiments_dir())
+    files = _with_bases(Path(path), ()) if composed is None else _with_parts(composed)
+    for file, content in files:
         merged = _merge(merged, content, str(file))
     overrides = list(overrides)
     for override in overrides:
@@ -136,6 +141,30 @@ def _with_bases(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[st
     for base in bases:
         files += _with_bases(path.parent / base, (*chain, path))
     return [*files, (path, content)]
+
+
+def _with_parts(composed: Composition) -> list[tuple[Path, dict[str, Any]]]:
+    """The contents of a composition's parts with their bases, in order of merging.
+
+    Raises:
+        ValueError: two parts are backbones, or two are benchmarks.
+    """
+    files: list[tuple[Path, dict[str, Any]]] = []
+    kinds: dict[str, list[str]] = {"backbone": [], "benchmark": []}
+    for part, path in composed.files.items():
+        own = _with_bases(path, ())
+        files += own
+        keys = {key for _, content in own for key in flatten(content)}
+        kinds["backbone"] += [part] * ("backbone.id" in keys)
+        kinds["benchmark"] += [part] * any(key.startswith("tasks.") for key in keys)
+    for kind, parts in kinds.items():
+        if len(parts) != 1:
+            found = f"{' and '.join(parts)} are two {kind}s" if parts else f"no part is a {kind}"
+            raise ValueError(f"{composed.name}: {found}; name one {kind}, as in llava7b+ucit+dmole")
+    added: dict[str, Any] = {"name": composed.name}
+    if composed.strategy is not None:
+        added["strategy"] = {"name": composed.strategy}
+    return [*files, (Path(composed.name), added)]
 
 
 def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConfig:

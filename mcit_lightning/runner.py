@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from mcit_lightning.backbone import load_backbone
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
+from mcit_lightning.data.presence import require_files
 from mcit_lightning.engine import build_engine, resolve_precision
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
@@ -64,6 +65,7 @@ class _Run:
             target(root=Path(config.data.root), **kwargs)
         strategy = build_strategy(config.strategy)
         self.stages = strategy.stages(config.order)
+        require_files(config, self.stages)
         backbone = load_backbone(config.backbone, precision=self.precision)
         strategy.check(backbone.towers, self.stages)  # and so do targets that the model does not have
         self.module = MCITModule(backbone, strategy, config, directory.state.run_id)

@@ -155,10 +155,14 @@ def _ranges(config: ExperimentConfig) -> None:
             positive[f"tasks.{name}.{key}"] = getattr(task, key)
         least, most = task.min_new_tokens, task.max_new_tokens or config.data.max_new_tokens
         if not 0 <= least <= most:
-            raise ValueError(f"tasks.{name}.min_new_tokens: is {least}, must be in [0, {most}], the task's max_new_tokens")
+            raise ValueError(
+                f"tasks.{name}.min_new_tokens: is {least}, must be in [0, {most}], the task's max_new_tokens"
+            )
         for split, rows in task.published_rows.items():
             if split not in ("train", "val", "test"):
-                raise ValueError(f"tasks.{name}.published_rows: no split {split!r}. {nearest(split, ('train', 'val', 'test'))}")
+                raise ValueError(
+                    f"tasks.{name}.published_rows: no split {split!r}. {nearest(split, ('train', 'val', 'test'))}"
+                )
             positive[f"tasks.{name}.published_rows.{split}"] = rows
     for key, value in positive.items():
         if value is not None and value <= 0:

@@ -207,7 +207,7 @@ def test_task_colours_are_readable():
 def test_numbers_for_reading():
     assert [number_text(v) for v in (None, -0.04, -3.25, 99.96)] == ["–", "0.0", "−3.2", "100.0"]
     assert [number_text(v, signed=True) for v in (1.0, -1.0, 0.0)] == ["+1.0", "−1.0", "0.0"]
-    assert [count_text(v) for v in (None, 7, 1234, 7_062_000_000)] == ["–", "7", "1.23 k", "7.06 G"]
+    assert [count_text(v) for v in (None, 7, 1234, 7_062_000_000)] == ["–", "7", "1.23 k", "7.06 B"]
     assert [amount_text(v) for v in (None, 0.0740, 2.3381, 112.4, 1.2e-7)] == ["–", "0.0740", "2.34", "112", "1.20e−07"]
     assert [seconds_text(v) for v in (None, 0.0, 0.00394, 0.0124, 0.0994, 4.12, 59.96, 200, 3725)] == [
         "–",

@@ -118,7 +118,9 @@ def find_command(arguments: Sequence[str]) -> tuple[Command, list[str]]:
 def add_experiment(parser: argparse.ArgumentParser) -> None:
     """The arguments that name an experiment and change its keys."""
     parser.add_argument(
-        "experiment", metavar="EXPERIMENT", help="a YAML file, or the name of an experiment that comes with the package"
+        "experiment",
+        metavar="EXPERIMENT",
+        help="a YAML file, the name of an experiment that comes with the package, or llava7b+ucit+dmole",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="takes precedence over the file")
 

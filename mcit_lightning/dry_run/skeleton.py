@@ -62,7 +62,9 @@ def read_config(backbone: BackboneConfig) -> PretrainedConfig:
 
 def architectures() -> dict[str, Any]:
     """Hub name, or name of a folder, to `config` and `parameters` of the checkpoints whose shapes are known here."""
-    content: dict[str, Any] = yaml.safe_load(files(__package__).joinpath("architectures.yaml").read_text(encoding="utf-8"))
+    content: dict[str, Any] = yaml.safe_load(
+        files(__package__).joinpath("architectures.yaml").read_text(encoding="utf-8")
+    )
     return content
 
 

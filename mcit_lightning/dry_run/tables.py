@@ -76,7 +76,9 @@ def _where(plan: Plan) -> Text:
     """Where missing files can be had and where they are looked for."""
     data = plan.config.data
     get = f"the files: {data.source}\n" if data.source else ""
-    return Text(f"{get}they are looked for below data.root, {data_root(plan.config)}; data.root=FOLDER names another place")
+    return Text(
+        f"{get}they are looked for below data.root, {data_root(plan.config)}; data.root=FOLDER names another place"
+    )
 
 
 def _stages(plan: Plan) -> RenderableType:

@@ -17,7 +17,7 @@ def count_text(value: float | None) -> str:
     """A large number for reading: 1.25 M."""
     if value is None:
         return NONE
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.2f} {unit}"
     return f"{value:.0f}"

@@ -12,10 +12,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from mcit_lightning.aliases import find_task
+from mcit_lightning.composition import compose
 from mcit_lightning.config import DataConfig, ExperimentConfig
 from mcit_lightning.data.records import Sample, Split
 from mcit_lightning.data.splits import open_split
 from mcit_lightning.evaluation.files import write_atomic
+from mcit_lightning.loading import experiments_dir
 from mcit_lightning.subset.sources import Target, write_references, write_split
 from mcit_lightning.verify.rows import data_root
 
@@ -48,7 +50,7 @@ def write_subset(config: ExperimentConfig, source: Path, overrides: Iterable[str
 
     Args:
         config: the experiment, with the overrides.
-        source: its file.
+        source: its file, or the composition that names it.
         overrides: `key=value` strings; the new experiment file has them too.
         rows: at most so many of each split.
         out: a folder that does not exist yet, or is empty.
@@ -75,6 +77,8 @@ def write_subset(config: ExperimentConfig, source: Path, overrides: Iterable[str
             if split == "test" and (references := write_references(own, task, root, numbers, target)):
                 names["references"] = references
             changed.setdefault(task, {}).update({k: v for k, v in names.items() if v != getattr(own, k)})
+            if split in own.published_rows:  # a part is meant to be shorter
+                changed[task].setdefault("published_rows", {})[split] = len(samples)
             files |= _pictures(samples)
             written.rows[task, split] = len(samples)
     for file in files:
@@ -107,12 +111,17 @@ def _experiment(
 ) -> str:
     """The experiment file: the original one, its overrides, and what differs."""
     given = [_with_own_name(override, config) for override in overrides]
+    composed = compose(str(source), experiments_dir())
     changes: dict[str, Any] = {
-        "base": str(source.resolve()),
+        "base": str(source.resolve())
+        if composed is None
+        else [str(file.resolve()) for file in composed.files.values()],
         "name": f"{config.name}_sample",
         "prepare": None,  # it would write the whole data over the part
         "data": {"root": str(out), "fraction": 1.0},
     }
+    if composed is not None and composed.strategy is not None:
+        changes["strategy"] = {"name": composed.strategy}
     model = Path(config.backbone.id).expanduser()
     if model.is_dir():  # it may be named relative to the data or to the current folder
         changes["backbone"] = {"id": os.path.abspath(model)}
