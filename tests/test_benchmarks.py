@@ -36,7 +36,11 @@ ORDERS = {
                "clevr"],
 }  # fmt: skip
 """The published order of each benchmark."""
-BACKBONES = sorted(path.stem for path in BASE.glob("*.yaml") if re.search(r"^backbone:\n  id:", path.read_text(), re.M))
+BACKBONES = sorted(
+    path.stem
+    for path in BASE.glob("*.yaml")
+    if re.search(r"^backbone:\n  id:", path.read_text(), re.M) and path.stem not in ("smoke", "quickstart")
+)
 STRATEGIES = {
     "sequential": "{name: sequential, rank: 8, targets: {vision: [attention], language: [attention]}}",
     "joint": "{name: joint, rank: 8}",

@@ -343,3 +343,38 @@ def test_malformed_rows_of_a_dataset_are_left_out(tmp_path: Path, monkeypatch: p
         open_one(tmp_path, "a.parquet", "test")
     split = open_one(tmp_path, "a.parquet", "test", malformed="skip")
     assert ([sample.id for sample in split], split.skipped) == (["0"], 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("owner/flowers", ("owner/flowers", None, "train")),
+        ("owner/flowers@validation", ("owner/flowers", None, "validation")),
+        ("owner/flowers:small@test[:2]", ("owner/flowers", "small", "test[:2]")),
+    ],
+)
+def test_a_dataset_by_its_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, asked: tuple[Any, ...]
+) -> None:
+    """What the library is asked for, and that its rows and pictures come out; nothing is looked for below `data.root`."""
+    datasets = pytest.importorskip("datasets")
+    images = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    content = {"picture": images, "query": ["What?", "Which?"], "label": ["rose", "iris"]}
+    features = datasets.Features(
+        {"picture": datasets.Image(), "query": datasets.Value("string"), "label": datasets.Value("string")}
+    )
+    table = datasets.Dataset.from_dict(content, features=features)
+    calls = []
+
+    def load(repository: str, config: str | None, split: str) -> Any:
+        calls.append((repository, config, split))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    columns = {"image": "picture", "question": "query", "answer": "label"}
+    opened = open_split(
+        DataConfig(root=str(tmp_path)), "t", TaskConfig(train=name, format="hf", columns=columns), "train", 0
+    )
+    assert calls == [asked]
+    assert [sample.turns[1][1] for sample in opened] == ["rose", "iris"]
+    assert load_image(opened[1].images[0], opened[1]).getpixel((0, 0)) == (0, 0, 255)

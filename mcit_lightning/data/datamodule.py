@@ -237,13 +237,17 @@ class ContinualDataModule(L.LightningDataModule):
         return any(split.text_only for (_, kind), split in self._splits.items() if kind == "train")
 
     def report(self) -> dict[str, dict[str, int]]:
-        """Per task: rows in use by split, and how many training rows the current stage has shortened or dropped.
+        """Per task: rows in use by split, malformed rows that were left out, and how many training rows the current stage has
+        shortened or dropped.
 
         The last two count each row once, over epochs, interruptions and, since the last epoch's end, all processes.
         """
         report: dict[str, dict[str, int]] = {}
         for (task, split), samples in self._splits.items():
-            report.setdefault(task, self._cuts.counts(task))[f"{split}_rows"] = len(samples)
+            counts = report.setdefault(task, self._cuts.counts(task))
+            counts[f"{split}_rows"] = len(samples)
+            if samples.skipped:
+                counts[f"{split}_malformed"] = samples.skipped
         return report
 
     def check_trained(self) -> None:

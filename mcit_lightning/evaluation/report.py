@@ -112,6 +112,10 @@ def _header(results: Results) -> str:
             notes.append(
                 f"{task}: {counts['shortened']} training samples were shortened and {counts['dropped']} dropped."
             )
+        left_out = {split: counts.get(f"{split}_malformed", 0) for split in ("train", "val", "test")}
+        if any(left_out.values()):
+            rows = " and ".join(f"{count} {split} rows" for split, count in left_out.items() if count)
+            notes.append(f"{task}: {rows} are malformed and were left out.")
     if any(value is None for value in summary.values()):
         notes.append(
             f"{NONE} marks a value that this run does not define, for example because later tasks were not evaluated."
