@@ -1,4 +1,4 @@
-"""Whole runs on files in which rows are broken at random: they end, and every row that was left out is counted where one looks."""
+"""Whole runs on files in which rows are broken at random: they end, and every row that was left out is counted."""
 
 import json
 import random
