@@ -70,7 +70,7 @@ def test_protocols_are_those_of_the_presets(protocol: object) -> None:
 
 def test_rows_for_a_run() -> None:
     found = published_for(["rs", "med", "ad", "sci", "fin"])
-    assert {row.protocol.name for row in found} == {"mllm_cl_domain"} and len(found) == 13
+    assert {row.protocol.name for row in found} == {"mllm_cl_domain"} and len(found) == 14
     assert published_for(["rs", "med"]) == []
 
 

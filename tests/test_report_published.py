@@ -77,7 +77,7 @@ def test_a_finished_run_stands_beside_the_rows_of_its_benchmark(tmp_path: Path) 
     assert found["phi-DPO (s)"] == [
         "85.68", "69.74", "57.73", "61.55", "95.28", "74.29", "74.00", "75.68", "−0.37", "arXiv 2602.22601, Table 1"
     ]  # fmt: skip
-    assert len(found) == 13 + 2 and list(found)[:2] == ["This run, zero-shot", "This run"]
+    assert len(found) == 14 + 2 and list(found)[:2] == ["This run, zero-shot", "This run"]
     assert "divides by T - 1" in html and notes(html) == []
 
 
@@ -145,6 +145,15 @@ def test_what_keeps_a_run_from_comparing_is_said(tmp_path: Path) -> None:
     assert "LLaVA-1.5-7B" in backbone and "Qwen2-VL" in backbone
     (tmp_path / "config.yaml").unlink()
     assert "configuration is not known" in notes(section_of(tmp_path))[0]
+
+
+def test_other_instructions_of_the_same_tasks_are_said(tmp_path: Path) -> None:
+    for name, said in (("Instructions_Original", False), ("Instructions_Diverse", True), ("annotations", True)):
+        by_hand(tmp_path, "coin", COIN, "llava-hf/llava-1.5-7b-hf", stages=8, annotations=name)
+        shown = [note for note in notes(section_of(tmp_path)) if note.startswith("Other instructions")]
+        assert len(shown) == said and all(
+            f"{name}) than those" in note and "Instructions_Original" in note for note in shown
+        )
 
 
 def test_other_tasks_or_another_order_have_no_section(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from mcit_lightning.evaluation.published import Protocol, PublishedRow, publishe
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.evaluation.task_lookup import find_task_config
 from mcit_lightning.evaluation.transfer import TransferMatrix
+from mcit_lightning.loading import experiments_dir
 
 AGGREGATES = {
     "MFT": "MFT",
@@ -133,6 +134,13 @@ def _backbone_note(results: Results, protocol: Protocol) -> list[str]:
     return [f"These rows start from {protocol.backbone}, this run from {results.backbone}: they do not compare."]
 
 
+def _annotations(benchmark: str) -> str | None:
+    """The folder of the instructions that a benchmark's published rows are about; None if it has one set of them only."""
+    preset = yaml.safe_load((experiments_dir() / f"_base/{benchmark}.yaml").read_text(encoding="utf-8"))
+    found: str | None = preset["data"].get("annotations")
+    return found
+
+
 def _warnings(results: Results, benchmark: str, config_yaml: str) -> list[str]:
     """What of the run's configuration keeps it from comparing with any of the tables."""
     try:
@@ -159,6 +167,11 @@ def _warnings(results: Results, benchmark: str, config_yaml: str) -> list[str]:
     if other:
         warnings.append(f"Scored by another metric than the benchmark's: {'; '.join(other)}.")
     data: dict[str, Any] = settings.get("data") or {}
+    used, published = data.get("annotations"), _annotations(benchmark)
+    if published is not None and used is not None and used != published:
+        warnings.append(
+            f"Other instructions (data.annotations: {used}) than those of the published rows ({published})."
+        )
     if data.get("limit_test") is not None:
         warnings.append(f"Evaluated on at most {data['limit_test']} test rows per task (data.limit_test).")
     if data.get("limit_train") is not None or data.get("fraction", 1.0) != 1.0:
