@@ -137,6 +137,14 @@ def test_dmoles_recipe(tmp_path: Path) -> None:
     assert [task.batch_size or config.data.batch_size for task in tasks] == [10, 10, 10, 10, 8, 10, 10, 10, 10]
     lengths = [task.max_new_tokens or config.data.max_new_tokens for task in tasks]
     assert lengths == [30, 100, 30, 10, 100, 30, 10, 100, 10]
+    assert [task.min_new_tokens for task in tasks] == [8, 0, 8, 0, 0, 8, 0, 0, 0]  # the captions
+    asked = [task.prompt_suffix for task in tasks]
+    word, letter = (
+        " Answer the question using a single word or phrase.",
+        "Answer with the option's letter from the given choices directly.",
+    )
+    insufficient = " When the provided information is insufficient, respond with 'Unanswerable'."
+    assert asked == [None, None, None, letter, word, None, insufficient + word, word, letter]
     assert (config.optim.lr, config.optim.weight_decay, config.evaluate) == (1e-4, 0.01, "all")
 
 

@@ -172,11 +172,21 @@ def test_evaluation_prompt_is_the_training_prompt(smoke_processor: Any, samples:
     assert torch.equal(batch["inputs"]["pixel_values"], train["inputs"]["pixel_values"])
 
 
-def test_suffix_follows_the_last_question(smoke_processor: Any, picture: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "asked"),
+    [
+        ("Answer with one word.", "Which colour is this?\nAnswer with one word.\n"),
+        (" Answer with one word.", "Which colour is this? Answer with one word.\n"),
+        ("colour is this?", "Which colour is this?\n"),  # the question has it already
+        (" this?", "Which colour is this?\n"),
+        ("", "Which colour is this?\n"),
+    ],
+)
+def test_suffix_follows_the_last_question(smoke_processor: Any, picture: str, suffix: str, asked: str) -> None:
     sample = Sample("a", "t", (picture,), ONE[:1], reference="red")
-    batch = EvalCollator(smoke_processor, PromptConfig(template="plain"), suffix="Answer with one word.")([sample])
+    batch = EvalCollator(smoke_processor, PromptConfig(template="plain"), suffix=suffix)([sample])
     text = smoke_processor.tokenizer.decode(batch["inputs"]["input_ids"][0])
-    assert text.endswith("<image>\nWhich colour is this?\nAnswer with one word.\n")
+    assert text.endswith(f"<image>\n{asked}")
     assert batch["prompt"] == ["Which colour is this?"]
 
 

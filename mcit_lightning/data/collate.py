@@ -93,7 +93,8 @@ class EvalCollator:
     Args:
         processor: the backbone's processor.
         prompt: which template.
-        suffix: appended to the last question after a new line, unless the question ends with it; empty for none.
+        suffix: appended to the last question after a new line, or on the same line if it begins with a blank, unless the question
+            ends with it; empty for none.
     """
 
     reader: SampleReader | None = None
@@ -121,11 +122,11 @@ class EvalCollator:
     def _asked(self, turns: Turns) -> Turns:
         role, text = turns[-1]
         assert role == "user", "an evaluation sample ends with a question"
-        if not self.suffix or text.rstrip().endswith(
-            self.suffix
-        ):  # copies of one benchmark differ in whether they hold it
+        # copies of one benchmark differ in whether they hold it
+        if not self.suffix or text.rstrip().endswith(self.suffix.strip()):
             return turns
-        return (*turns[:-1], (role, f"{text}\n{self.suffix}"))
+        between = "" if self.suffix.startswith(" ") else "\n"
+        return (*turns[:-1], (role, f"{text}{between}{self.suffix}"))
 
 
 def _read(reader: SampleReader | None, samples: Sequence[Sample], turns: Sequence[Turns]) -> dict[str, Any]:
