@@ -44,8 +44,8 @@ class PromptConfig:
     template: Literal["chat", "vicuna", "plain"] = "chat"
     """`chat`: the processor's own chat template; `vicuna`: Vicuna v1 as LLaVA-1.5 uses it; `plain`: question, newline, answer."""
     suffix: str = ""
-    """Text appended to every question of evaluation rows, for example an answer-format instruction: on a line of its own, or behind
-    the question if it begins with a blank. A question that ends with it already stays as it is."""
+    """Text appended to every question of evaluation rows, for example an answer-format instruction: on a line of its own, or
+    behind the question if it begins with a blank. A question that ends with it already stays as it is."""
     pad_to_square: bool = False
     """Centre every image on a square of the processor's mean colour first, as LLaVA-1.5 does in training: nothing of a wide or
     tall image is then cropped, and box coordinates are fractions of that square."""

@@ -50,6 +50,10 @@ def find_experiment(name: str) -> Path:
         if candidate.is_file():
             return candidate
     known = [path.stem for path in folder.glob("*.yaml")]
+    if (folder / "_base" / f"{name}.yaml").is_file() or (folder / "_base/strategy" / f"{name}.yaml").is_file():
+        raise ValueError(
+            f"no experiment {name!r}: it is a part of one. Name a backbone, a benchmark and a strategy, as in llava7b+ucit+dmole"
+        )
     raise ValueError(f"no experiment {name!r}: neither a file nor in {folder}. {nearest(Path(name).stem, known)}")
 
 

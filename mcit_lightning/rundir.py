@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "overwrite",
     "dry_run",
     "data.num_workers",
+    "data.source",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",

@@ -75,6 +75,8 @@ def test_a_file_of_ones_own_is_a_part(tmp_path: Path) -> None:
         ("llava7b+qwen2_vl+ucit+dmole", "llava7b and qwen2_vl are two backbones; name one"),
         ("llava7b+ucit+dmole+joint", "names 2 strategies, dmole and joint; name one"),
         ("llava7b++dmole", "no backbone, benchmark or strategy ''"),
+        ("ucit", "'ucit': it is a part of one. Name a backbone, a benchmark and a strategy"),
+        ("dmole", "'dmole': it is a part of one"),
     ],
 )
 def test_what_is_no_experiment_is_said(name: str, said: str) -> None:
