@@ -85,6 +85,14 @@ def test_branchloras_plan_is_the_papers(tmp_path: Path) -> None:
     assert [s.steps is None for s in found.steps] == [t in ("grounding", "ocrvqa") for t in found.config.order]
 
 
+@pytest.mark.parametrize(("name", "linears"), [("internvl3_2b+dmole9+dmole", 208), ("qwen3_vl+ucit+dmole", 160)])
+def test_compositions_with_other_families_are_planned(name: str, linears: int, tmp_path: Path) -> None:
+    """D-MoLE's candidates are all linears of the attention of both towers, whatever the family calls them."""
+    found = plan(load_config(find_experiment(name), [f"data.root={tmp_path}"]))
+    assert found.forecast is not None and sum(row[2] for row in found.forecast.modules) == linears
+    assert f"each task adapts {linears // 2}" in found.forecast.choice
+
+
 def test_limits_apply_to_published_rows(smoke_config: Config, tmp_path: Path) -> None:
     tasks = {"a": TaskConfig(train="a.json", test="b.json", published_rows={"train": 1000, "test": 50}, epochs=2)}
     data = {"root": str(tmp_path), "fraction": 0.1, "limit_test": 20}
