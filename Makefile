@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install exp resume verify test test-all lint format tb clean
+.PHONY: help install exp resume verify test test-all lint format docs tb clean
 
 help:  ## Show this list
 	@echo "mcit_lightning: continual instruction tuning on PyTorch Lightning"
@@ -51,6 +51,9 @@ lint: $(STAMP)  ## Style, format and types
 format: $(STAMP)  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Write the reference pages docs/configuration.md and docs/callbacks.md from the code
+	$(BIN)/python -m mcit_lightning.reference docs
 
 tb: $(STAMP)  ## TensorBoard on runs/
 	$(BIN)/tensorboard --logdir runs

@@ -17,6 +17,7 @@ class BackboneConfig:
     id: str = MISSING
     """A local folder or a Hugging Face hub name that `AutoModelForImageTextToText` loads."""
     revision: str | None = None
+    """Branch, tag or commit on the hub; None is its default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the frozen base. `auto`: bfloat16 where the precision is bf16-mixed, else float32."""
     attention: str | None = None
@@ -65,17 +66,22 @@ class DataConfig:
     batch_size: int = 8
     """Samples per device and training step."""
     eval_batch_size: int = 16
+    """Samples per device and generation step; the answers do not depend on it."""
     num_workers: int = 0
+    """Processes per device that read and encode samples ahead; 0 does it in the training process."""
     max_length: int = 2048
     """Tokens, image tokens included. A longer training sample loses the end of its text, never image tokens; one that has no
     answer token left is dropped from the loss. Both are counted and reported."""
     max_new_tokens: int = 32
+    """Longest answer, in tokens, where the task names none."""
     group_by_length: bool = True
     """Put samples of similar length into the same batch."""
     limit_train: int | None = None
     """Use at most this many rows of each task's training split (a seeded sample)."""
     limit_val: int | None = None
+    """The same for the validation splits."""
     limit_test: int | None = None
+    """The same for the test splits."""
     fraction: float = 1.0
     """Use this fraction of each training split (a seeded sample, after which `limit_train` applies)."""
 
@@ -89,7 +95,9 @@ class TaskConfig:
     train: str | None = None
     """Training file relative to `data.root` (.json, .jsonl), or a Hugging Face dataset when `format` is `hf`."""
     val: str | None = None
+    """Validation file; its loss is logged after every epoch. None: there is no validation."""
     test: str | None = None
+    """Test file: rows of the benchmark's own test format, or training rows, whose answers are then the references."""
     images: str = ""
     """Folder, relative to `data.root`, to which the rows' image paths are relative."""
     test_images: str | None = None
@@ -108,19 +116,23 @@ class TaskConfig:
     """Split (`train`, `val`, `test`) to the number of rows that the benchmark's authors give. A dry run plans with it until the
     file is there; a file of another length is read all the same, and said."""
     metric: str = "exact_match"
+    """Name of the metric that scores the answers, in percent."""
     metric_mode: Literal["fixed", "published"] = "fixed"
     """`published` scores as the benchmark's own script does, defects included (see the metric's docstring)."""
     metric_args: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the metric, for example `{tokenizer: words}` for captions."""
     epochs: int = 1
+    """Passes over the training split."""
     batch_size: int | None = None
+    """Samples per device and training step; None: `data.batch_size`."""
     lr: float | None = None
     """Learning rate of the language and vision groups for this task."""
     max_new_tokens: int | None = None
+    """Longest answer in tokens; None: `data.max_new_tokens`."""
     min_new_tokens: int = 0
-    """An answer may not end before; some published scripts force captions to a length."""
+    """Shortest answer in tokens; some published scripts force captions to a length."""
     prompt_suffix: str | None = None
-    """`prompt.suffix` for this task."""
+    """Text appended to every question of this task's evaluation rows; None: `prompt.suffix`."""
 
 
 @dataclass
@@ -130,13 +142,19 @@ class OptimConfig:
     lr: float = 2.0e-4
     """Language tower, and every group that names no rate of its own."""
     vision_lr: float | None = None
+    """Adapters of the vision tower; None: `lr`."""
     projector_lr: float | None = None
+    """The projector; None: `lr`."""
     strategy_lr: float | None = None
     """Routers and other parameters that the strategy owns."""
     weight_decay: float = 0.0
+    """Of AdamW, on every trained parameter."""
     betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
     warmup_ratio: float = 0.03
+    """Share of a stage's optimizer steps in which the rate rises from zero."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up, over the rest of the stage."""
 
 
 @dataclass
@@ -144,7 +162,9 @@ class ExperimentConfig:
     """A whole experiment: one backbone, one strategy, one sequence of tasks."""
 
     name: str = MISSING
+    """Name of the run; its directory is `runs/<name>` unless `out` says otherwise."""
     seed: int = 42
+    """Everything random is drawn from it: adapters, samples, order of the rows, noise."""
     out: str | None = None
     """Run directory; None means `runs/<name>`."""
     overwrite: bool = False
@@ -167,6 +187,7 @@ class ExperimentConfig:
     order: list[str] = field(default_factory=list)
     """Names of the tasks, in the order in which they are learnt."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
+    """Name -> the task's files, metric and training; see below."""
     strategy: dict[str, Any] = field(default_factory=dict)
     """`name` and the hyper-parameters of that strategy's `Config`."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)

@@ -95,6 +95,20 @@ COMMANDS = (
         "write report.html of finished or unfinished runs again, from their own files, without the model",
         "report runs/quickstart runs/trial",
     ),
+    Command(
+        ("chat",),
+        "mcit_lightning.commands.chat",
+        "RUN --image FILE",
+        "ask a trained model about pictures, and see where it routes the question",
+        'chat runs/quickstart --image flag.png --ask "Which country has this flag?"',
+    ),
+    Command(
+        ("export",),
+        "mcit_lightning.commands.export",
+        "RUN --to peft|merged --out DIR",
+        "write a trained run as PEFT adapters, or as a model with merged weights",
+        "export runs/dmole_quickstart --to peft --out adapters",
+    ),
 )
 
 

@@ -123,6 +123,16 @@ class ContinualStrategy(nn.Module):
         """
         return None
 
+    def plain_lora(self, towers: Towers) -> dict[str, dict[str, list[str]]]:
+        """What other libraries can load: adapter name -> module path -> branches that are summed with weight one.
+
+        Default: all branches as one adapter named `adapter`, if no layer has a gate. Empty where the weights of the branches
+        depend on the input.
+        """
+        if not towers.adapters or any(layer.gate is not None for layer in towers.adapters.values()):
+            return {}
+        return {"adapter": {path: list(layer.lora_b) for path, layer in towers.adapters.items()}}
+
     def end_task(self, towers: Towers, stage: Stage) -> FreezeRecord | None:
         """Consolidate after a stage's training, and say what freezes for ever, if anything."""
         return None

@@ -258,6 +258,13 @@ class DMoLE(ContinualStrategy):
         counts = self._active.sum(1).int().tolist()
         return [[self.tasks[index] for index in row[:count]] for row, count in zip(ranks, counts, strict=True)]
 
+    def plain_lora(self, towers: Towers) -> dict[str, dict[str, list[str]]]:
+        """Each task's experts as an adapter of the task's name; a sample's answer uses at most two of them, summed."""
+        owners = {
+            task: [path for path, layer in towers.adapters.items() if task in layer.lora_b] for task in self.tasks
+        }
+        return {task: {path: [task] for path in paths} for task, paths in owners.items()}
+
     def _known(self, towers: Towers, batch: Batch) -> Tensor:
         """[B, T] in {0, 1}, the experts at evaluation (Eq. 10-12)."""
         config = self.config

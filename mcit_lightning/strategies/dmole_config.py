@@ -71,15 +71,19 @@ class DMoLEConfig(LoRAConfig):
     router_minimum: int = 512
     """But at least so many, or all."""
     router_hidden: int = 128
+    """Hidden units of the autoencoder."""
     router_scaling: Scaling = "standardize"
     """What the autoencoder sees; `l2` in the released code."""
     router_output: Literal["linear", "sigmoid"] = "linear"
     """`sigmoid` in the released code."""
     router_epochs: int = 100
+    """Passes over the router's samples."""
     router_lr: float = 1.0e-3
+    """Adam's learning rate for the autoencoder."""
     router_lr_end: float | None = None
     """Learning rate at the end of a cosine; null: constant. The released code goes from 5e-3 to 1e-3."""
     router_batch_size: int = 64
+    """Samples per step of the autoencoder's training."""
     router_patience: int | None = None
     """Stop after so many epochs without progress; 10 in the released code, with up to 1000 epochs."""
     router_held_out: float = 0.25
@@ -87,6 +91,7 @@ class DMoLEConfig(LoRAConfig):
     quantile: float = 0.95
     """The threshold is `margin` times this quantile of the held-out reconstruction errors."""
     margin: float = 2.0
+    """Factor on the quantile: larger accepts more, of the own task and of others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

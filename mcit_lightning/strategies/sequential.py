@@ -13,9 +13,11 @@ class LoRAConfig(StrategyConfig):
     """LoRA (Hu et al., ICLR 2022)."""
 
     rank: int = 8
+    """r: columns of B, rows of A."""
     alpha: float = 16.0
     """The adapter's output is scaled by alpha / rank."""
     dropout: float = 0.0
+    """Probability of zeroing an element of the adapters' input, in training."""
     targets: dict[str, list[str]] = field(default_factory=lambda: {"language": [ALL_LINEAR]})
     """Tower (`vision`, `language`) -> ends of the paths of the linears that get an adapter, or `all-linear`."""
 
