@@ -18,7 +18,7 @@ from mcit_lightning.selector import TaskSelector
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES
 from mcit_lightning.strategies.branchlora_config import BranchLoRAConfig
-from mcit_lightning.strategies.moelora import ROUTER, MoELoRA, set_gates
+from mcit_lightning.strategies.moelora import INIT_STD, ROUTER, MoELoRA, set_gates
 from mcit_lightning.tiles import image_tokens
 from mcit_lightning.towers import Towers
 
@@ -85,9 +85,11 @@ class BranchLoRA(MoELoRA):
         """What the key encoder wants to know of the samples."""
         return self.key_encoder().reader
 
-    def trunk(self, index: int) -> str:
-        """The shared trunk, or a branch's own A."""
-        return "trunk" if self.config.shared_trunk else super().trunk(index)
+    def add_experts(self, layer: AdapterLinear, path: str) -> None:
+        """The branches of one module, with a shared trunk or an A each. Every B can freeze alone."""
+        rank, trunk = self.config.rank // self.config.experts, "trunk" if self.config.shared_trunk else None
+        for index in range(self.config.experts):
+            layer.add_branch(f"expert{index}", rank, seed=self.seed, path=path, trunk=trunk, std=INIT_STD)
 
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
         """All branches in the first stage; with task routers, a router for the stage in every module."""
@@ -142,9 +144,9 @@ class BranchLoRA(MoELoRA):
             layers: module path -> layer, in the order of the rows. Modules are called in another order than they are listed in
                 by some models, and a module that was not called has zeros.
         """
-        assert self.state is not None and self.state.usage
-        unused = torch.zeros_like(next(iter(self.state.usage.values())))
-        return torch.stack([self.state.usage.get(path, unused) for path in layers])
+        assert self.state is not None and self.state.used
+        unused = torch.zeros_like(self.state.usage(next(iter(self.state.used))))
+        return torch.stack([self.state.usage(path) if path in self.state.used else unused for path in layers])
 
     def most_used(self, layers: dict[str, AdapterLinear], count: Tensor, mass: Tensor) -> dict[str, list[str]]:
         """Branches to freeze after a task, per module.
