@@ -3,6 +3,7 @@
 Shapes: B samples, S tokens, E branches, T routers, d the layer's input width.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -146,13 +147,22 @@ class RouterGate:
         return x[rows, columns].float()
 
     def _logits(self, z: Tensor, state: GateState) -> Tensor:
-        """[B, E], or [B, S, E] per token, in float32."""
+        """[B, E], or [B, S, E] per token, in float32; -inf for branches that are younger than the router."""
+        branches = self.layer.num_gates
         if state.choice is None:
             assert state.router is not None
-            return float_linear(z, self.layer.routers[state.router])
-        table = torch.stack(list(self.layer.routers.values())).float()  # [T, E, d]
-        own = table.index_select(0, _expand(state.choice, z.shape[0]))
-        return torch.einsum("b...d,bed->b...e", z.float(), own)
+            router = self.layer.routers[state.router]
+            logits = float_linear(z, router)
+            return logits if len(router) == branches else F.pad(logits, (0, branches - len(router)), value=-math.inf)
+        routers = list(self.layer.routers.values())
+        table = torch.stack([F.pad(router.float(), (0, 0, 0, branches - len(router))) for router in routers])  # [T, E, d]
+        choice = _expand(state.choice, z.shape[0])
+        logits = torch.einsum("b...d,bed->b...e", z.float(), table.index_select(0, choice))
+        if len(routers[0]) == branches:
+            return logits
+        known = torch.tensor([len(router) for router in routers], device=z.device).index_select(0, choice)
+        young = torch.arange(branches, device=z.device) >= known.unsqueeze(1)
+        return logits.masked_fill(young.unsqueeze(1) if logits.dim() == 3 else young, -math.inf)
 
     def _weights(self, logits: Tensor) -> Tensor:
         if self.top_k is None or self.top_k >= logits.shape[-1]:

@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,17 +86,44 @@ class BranchLoRA(MoELoRA):
         """What the key encoder wants to know of the samples."""
         return self.key_encoder().reader
 
+    @property
+    def rank(self) -> int:
+        """Inner rank of the trunk and of every branch."""
+        return self.config.branch_rank or self.config.rank // self.config.experts
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha over the inner rank."""
+        return self.config.alpha / (self.config.rank if self.config.scale_by == "rank" else self.rank)
+
     def add_experts(self, layer: AdapterLinear, path: str) -> None:
         """The branches of one module, with a shared trunk or an A each. Every B can freeze alone."""
-        rank, trunk = self.config.rank // self.config.experts, "trunk" if self.config.shared_trunk else None
-        for index in range(self.config.experts):
-            layer.add_branch(f"expert{index}", rank, seed=self.seed, path=path, trunk=trunk, std=INIT_STD)
+        self._add(layer, path, self.config.experts)
+
+    def _add(self, layer: AdapterLinear, path: str, number: int) -> None:
+        trunk, there = "trunk" if self.config.shared_trunk else None, len(layer.lora_b)
+        for index in range(there, there + number):
+            layer.add_branch(f"expert{index}", self.rank, seed=self.seed, path=path, trunk=trunk, std=INIT_STD)
 
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
-        """All branches in the first stage; with task routers, a router for the stage in every module."""
-        plan = super().plan(stage, towers)
+        """All branches in the first stage; with task routers, a router for the stage in every module.
+
+        Later, `grow_exhausted` branches where all are frozen.
+        """
+        ranks = dict.fromkeys(super().plan(stage, towers).ranks, self.rank * self.config.experts)
         router = stage.name if self.config.task_routers else ROUTER
-        return TaskPlan(stage.name, ranks=plan.ranks, extra={"router": router})
+        extra: dict[str, Any] = {"router": router}
+        if self.config.grow_exhausted:
+            extra["more"] = dict.fromkeys(self.exhausted(towers), self.config.grow_exhausted)
+        return TaskPlan(stage.name, ranks=ranks, extra=extra)
+
+    def grow(self, towers: Towers, plan: TaskPlan) -> None:
+        """Attach the planned branches and routers. A plan that was carried out adds nothing."""
+        for path, number in plan.extra.get("more", {}).items():
+            layer = towers.adapters[path]
+            if plan.extra["router"] not in layer.routers:
+                self._add(layer, path, number)
+        super().grow(towers, plan)
 
     def add_routers(self, towers: Towers, plan: TaskPlan) -> None:
         """The planned router in every module, and the task's keys."""
@@ -107,7 +135,7 @@ class BranchLoRA(MoELoRA):
             if is_new and self.config.router_init == "zeros":
                 nn.init.zeros_(layer.routers[router])
             elif is_new and before and self.config.router_init == "previous":
-                layer.routers[router].data.copy_(before[-1].data)
+                layer.routers[router].data[: len(before[-1])] = before[-1].data  # rows of new branches stay drawn
         if self.config.task_routers:
             self.selector.add_task(router, *self.key_encoder().widths(towers), towers.model.device)
 
@@ -145,8 +173,14 @@ class BranchLoRA(MoELoRA):
                 by some models, and a module that was not called has zeros.
         """
         assert self.state is not None and self.state.used
-        unused = torch.zeros_like(self.state.usage(next(iter(self.state.used))))
-        return torch.stack([self.state.usage(path) if path in self.state.used else unused for path in layers])
+        rows = torch.zeros(
+            len(layers), 2, max(layer.num_gates for layer in layers.values()), device=self.state.mask.device
+        )
+        for row, path in enumerate(layers):
+            if path in self.state.used:
+                usage = self.state.usage(path)
+                rows[row, :, : usage.shape[1]] = usage
+        return rows
 
     def most_used(self, layers: dict[str, AdapterLinear], count: Tensor, mass: Tensor) -> dict[str, list[str]]:
         """Branches to freeze after a task, per module.
@@ -230,6 +264,8 @@ class BranchLoRA(MoELoRA):
         layers = towers.adapters
         if not layers or router not in next(iter(layers.values())).routers:
             raise ValueError(f"task {task!r} has no router; learnt: {', '.join(self.selector.tasks) or 'none'}")
+        if towers.model.training:
+            raise ValueError("the model is in training mode, where dropout and noise vary the gate; call eval() first")
         mask = prompt_mask(batch)
         if image_tokens(towers, batch)[torch.arange(len(mask), device=mask.device), mask.argmax(1)].any():
             raise ValueError(
@@ -261,13 +297,18 @@ class BranchLoRA(MoELoRA):
             index = [tasks.index(task) if task in tasks else len(tasks) - 1 for task in batch["task"]]
             return torch.tensor(index, device=batch["inputs"]["input_ids"].device), None
         found = self.key_encoder().embed(towers, batch)
-        return self.selector.choose(*found, min_similarity=self.config.min_similarity)
+        index, known = self.selector.choose(*found, min_similarity=self.config.min_similarity)
+        if self.config.route_scope == "batch_vote":
+            index = torch.bincount(index, minlength=len(tasks)).argmax().expand(len(index))
+        return index, known
 
     def _noise(self, towers: Towers, size: int) -> dict[str, Tensor]:
         """[B, E] per module, drawn from (seed, rank, step): a resumed run and a recomputed forward see the same."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{rank}/{self._steps}".encode()))
         self._steps += 1
-        paths = list(towers.adapters)
-        draws = torch.randn(len(paths), size, self.config.experts, generator=generator) * self.config.router_noise
-        return dict(zip(paths, draws.to(towers.model.device, non_blocking=True), strict=True))
+        layers = towers.adapters
+        width = max(layer.num_gates for layer in layers.values())
+        draws = torch.randn(len(layers), size, width, generator=generator) * self.config.router_noise
+        draws = draws.to(towers.model.device, non_blocking=True)
+        return {path: draws[row, :, : layer.num_gates] for row, (path, layer) in enumerate(layers.items())}

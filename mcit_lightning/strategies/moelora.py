@@ -63,7 +63,7 @@ class MoELoRA(ContinualStrategy):
     def grow(self, towers: Towers, plan: TaskPlan) -> None:
         """Attach the planned experts and their router."""
         for path in plan.ranks:
-            layer = towers.attach(path, scale=self.config.alpha / self.config.rank, dropout=self.config.dropout)
+            layer = towers.attach(path, scale=self.scale, dropout=self.config.dropout)
             self.add_experts(layer, path)
             layer.gate = RouterGate(
                 path,
@@ -74,6 +74,11 @@ class MoELoRA(ContinualStrategy):
                 renormalize=self.renormalize,
             )
         self.add_routers(towers, plan)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the sum of the experts."""
+        return self.config.alpha / self.config.rank
 
     def add_experts(self, layer: AdapterLinear, path: str) -> None:
         """The experts of one module; none freezes alone, so they are one parameter."""
