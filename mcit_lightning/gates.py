@@ -155,7 +155,9 @@ class RouterGate:
             logits = float_linear(z, router)
             return logits if len(router) == branches else F.pad(logits, (0, branches - len(router)), value=-math.inf)
         routers = list(self.layer.routers.values())
-        table = torch.stack([F.pad(router.float(), (0, 0, 0, branches - len(router))) for router in routers])  # [T, E, d]
+        table = torch.stack(
+            [F.pad(router.float(), (0, 0, 0, branches - len(router))) for router in routers]
+        )  # [T, E, d]
         choice = _expand(state.choice, z.shape[0])
         logits = torch.einsum("b...d,bed->b...e", z.float(), table.index_select(0, choice))
         if len(routers[0]) == branches:

@@ -1,4 +1,4 @@
-"""BranchLoRA's options of size and growth: ranks, scale, new branches for exhausted modules, the trunk's end, the batch's vote."""
+"""BranchLoRA's options of size and growth: ranks, scale, new branches, the end of the trunk, the vote of a batch."""
 
 from collections.abc import Callable
 from pathlib import Path

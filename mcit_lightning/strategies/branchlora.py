@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES
 from mcit_lightning.strategies.branchlora_config import BranchLoRAConfig
 from mcit_lightning.strategies.moelora import INIT_STD, ROUTER, MoELoRA, set_gates
-from mcit_lightning.tiles import image_tokens
+from mcit_lightning.task_projectors import TaskProjectors
+from mcit_lightning.tiles import image_tokens, tile_owners
 from mcit_lightning.towers import Towers
 
 
@@ -42,6 +43,7 @@ class BranchLoRA(MoELoRA):
         self.top_k, self.renormalize = config.top_k, config.renormalize_top_k
         self.gate_input, self.normalize = config.gate_input, config.normalize_gate_input
         self.selector = TaskSelector(learned=config.selector == "learned_keys")
+        self.projectors = TaskProjectors() if config.projector == "per_task" else None
         self.frozen: dict[str, set[str]] = {}
         self._steps = 0
         self._choice: Tensor | None = None
@@ -136,6 +138,8 @@ class BranchLoRA(MoELoRA):
                 nn.init.zeros_(layer.routers[router])
             elif is_new and before and self.config.router_init == "previous":
                 layer.routers[router].data[: len(before[-1])] = before[-1].data  # rows of new branches stay drawn
+        if self.projectors is not None and self.selector.tasks and router not in self.selector.tasks:
+            self.projectors.keep(self.selector.tasks[-1], towers)
         if self.config.task_routers:
             self.selector.add_task(router, *self.key_encoder().widths(towers), towers.model.device)
 
@@ -234,6 +238,25 @@ class BranchLoRA(MoELoRA):
             self.key_encoder().check(towers, batch)
         return state
 
+    def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
+        """Give every gate the state of this batch, and at evaluation every picture the projector of its sample's task."""
+        context = super().routing(towers, batch, task)
+        if self.projectors is None:
+            return context
+        owners = tile_owners(towers, batch)  # before any training too: raises where pictures have no single owner
+        choose = task is None and self._choice is not None
+        self.projectors.choose(self._choice.index_select(0, owners) if choose and self._choice is not None else None)
+        return self._own_projectors(context)
+
+    @contextmanager
+    def _own_projectors(self, context: AbstractContextManager[None]) -> Iterator[None]:
+        try:
+            with context:
+                yield
+        finally:
+            assert self.projectors is not None
+            self.projectors.choose(None)
+
     def routed_to(self) -> list[list[str]] | None:
         """The task whose router each sample of the last evaluation batch got; none where no key was similar enough."""
         if self._choice is None:
@@ -264,6 +287,10 @@ class BranchLoRA(MoELoRA):
         layers = towers.adapters
         if not layers or router not in next(iter(layers.values())).routers:
             raise ValueError(f"task {task!r} has no router; learnt: {', '.join(self.selector.tasks) or 'none'}")
+        if self.projectors is not None:
+            raise ValueError(
+                "projector: 'per_task' keeps a projector for each task, which merging does not switch; use shared"
+            )
         if towers.model.training:
             raise ValueError("the model is in training mode, where dropout and noise vary the gate; call eval() first")
         mask = prompt_mask(batch)

@@ -12,8 +12,8 @@ from mcit_lightning.strategies.sequential import LoRAConfig
 class BranchLoRAConfig(MoELoRAConfig):
     """The method's parts can be switched off one by one, which gives the paper's ablation down to MoELoRA.
 
-    The projector trains with the adapters, as in the paper; `backbone.train_projector: false` freezes it, and
-    `optim.projector_lr` gives it its own rate. It is the largest source of forgetting.
+    The projector trains with the adapters, as in the paper; `backbone.train_projector: false` freezes it,
+    `optim.projector_lr` gives it its own rate, and `projector` a copy for each task. It is the largest source of forgetting.
     """
 
     branch_rank: int | None = None
@@ -63,6 +63,8 @@ class BranchLoRAConfig(MoELoRAConfig):
     """Cosine to the best key, averaged over a sample's image and text, below which no adapter answers; null: the best task
     always does."""
 
+    projector: Literal["shared", "per_task"] = "shared"
+    """`per_task`: a task starts from the previous one's projector, which is kept for that task's samples."""
     route_scope: Literal["sample", "batch_vote"] = "sample"
     """`batch_vote`: the whole batch goes to the task that most of its samples are most similar to. Scores then depend on the
     batches."""
@@ -73,7 +75,9 @@ class BranchLoRAConfig(MoELoRAConfig):
         else:  # the total rank does not need to be divisible
             LoRAConfig.__post_init__(self)
             if self.branch_rank < 1 or self.experts < 1:
-                raise ValueError(f"branch_rank: is {self.branch_rank} with {self.experts} experts, both must be at least 1")
+                raise ValueError(
+                    f"branch_rank: is {self.branch_rank} with {self.experts} experts, both must be at least 1"
+                )
         if self.top_k is not None and not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k: is {self.top_k}, must be between 1 and experts ({self.experts}), or null for all")
         if not self.renormalize_top_k and self.top_k in (None, self.experts):
@@ -114,11 +118,15 @@ class BranchLoRAConfig(MoELoRAConfig):
             changed = {"freeze_count": None, "freeze_by": "count", "freeze_only_tunable": False, "grow_exhausted": 0}
             for key, default in changed.items():
                 if getattr(self, key) != default:
-                    raise ValueError(f"{key}: is {getattr(self, key)!r}, but freeze_branches is false, so none ever freezes")
+                    raise ValueError(
+                        f"{key}: is {getattr(self, key)!r}, but freeze_branches is false, so none ever freezes"
+                    )
         if self.grow_exhausted < 0:
             raise ValueError(f"grow_exhausted: is {self.grow_exhausted}, must not be negative")
         if self.grow_exhausted and not self.task_routers:
-            raise ValueError("grow_exhausted: needs task_routers: true; a router for all tasks cannot choose a new branch")
+            raise ValueError(
+                "grow_exhausted: needs task_routers: true; a router for all tasks cannot choose a new branch"
+            )
         if self.freeze_trunk_after is not None and self.freeze_trunk_after < 0:
             raise ValueError(f"freeze_trunk_after: is {self.freeze_trunk_after}, must not be negative")
 
@@ -126,17 +134,23 @@ class BranchLoRAConfig(MoELoRAConfig):
         if self.alignment_weight < 0:
             raise ValueError(f"alignment_weight: is {self.alignment_weight}, must not be negative")
         if self.selector == "learned_keys" and self.alignment_weight == 0:
-            raise ValueError("alignment_weight: with 0 the learned keys never move and all samples go to the first task")
+            raise ValueError(
+                "alignment_weight: with 0 the learned keys never move and all samples go to the first task"
+            )
         if self.selector != "learned_keys" and self.alignment_weight != 1:
             raise ValueError(
                 f"alignment_weight: is {self.alignment_weight}, but only selector: learned_keys trains keys by a loss"
             )
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise ValueError(f"min_similarity: is {self.min_similarity}, must be a cosine, in [-1, 1], or null")
+        if self.projector == "per_task" and not self.task_routers:
+            raise ValueError("projector: 'per_task' needs task_routers: true, whose selector finds the task")
         if self.selector != "keys" and not self.task_routers:
             raise ValueError(f"selector: {self.selector!r} needs task_routers: true; one router has nothing to select")
         if self.min_similarity is not None and self.route_scope == "batch_vote":
-            raise ValueError("route_scope: 'batch_vote' has no place for samples without a task; leave min_similarity null")
+            raise ValueError(
+                "route_scope: 'batch_vote' has no place for samples without a task; leave min_similarity null"
+            )
         unused = {"key_encoder": None, "min_similarity": None, "route_scope": "sample"}
         for key, default in unused.items():
             if getattr(self, key) != default and (self.selector == "oracle" or not self.task_routers):
