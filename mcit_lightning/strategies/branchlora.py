@@ -321,8 +321,8 @@ class BranchLoRA(MoELoRA):
         """`TaskSelector.choose` for a batch. The oracle sends a task that was not learnt yet to the newest router."""
         tasks = self.selector.tasks
         if self.config.selector == "oracle":
-            index = [tasks.index(task) if task in tasks else len(tasks) - 1 for task in batch["task"]]
-            return torch.tensor(index, device=batch["inputs"]["input_ids"].device), None
+            true = [tasks.index(task) if task in tasks else len(tasks) - 1 for task in batch["task"]]
+            return torch.tensor(true, device=batch["inputs"]["input_ids"].device), None
         found = self.key_encoder().embed(towers, batch)
         index, known = self.selector.choose(*found, min_similarity=self.config.min_similarity)
         if self.config.route_scope == "batch_vote":
