@@ -218,7 +218,7 @@ class MCITModule(L.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         end_id = stream.train_collator.encoder.end_id
         began = self._clock()
-        with self.strategy.routing(self.towers, batch, None):
+        with self.strategy.routing(self.towers, batch, None), self.towers.generating():
             routed_at = self._clock()
             least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
             texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
