@@ -8,6 +8,7 @@ Shapes: B samples, T tasks, d features, h hidden units.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,10 +32,12 @@ class Recipe:
     patience: int | None
     """Stop after so many epochs without a lower training loss; None: never."""
     held_out: float
-    """Share of the samples that sets the threshold instead of training."""
+    """Share of the samples that sets the threshold instead of training; 0: those trained on set it."""
     quantile: float
     margin: float
-    """The threshold is this multiple of the held-out errors' quantile."""
+    """The threshold is this multiple of the errors' quantile."""
+    keep: Literal["best", "last"] = "best"
+    """Weights of the epoch of lowest training loss, or of the last."""
 
 
 class AutoencoderBank(nn.Module):
@@ -71,11 +74,8 @@ class AutoencoderBank(nn.Module):
             "b2": (width,),
             "threshold": (),
         }
-        for (
-            name,
-            shape,
-        ) in shapes.items():  # float32 whatever the model's type: thresholds are compared with these errors
-            self.register_buffer(name, torch.empty(0, *shape))
+        for name, shape in shapes.items():  # float32 always: thresholds are compared with errors in float32
+            self.register_buffer(name, torch.empty(0, *shape, dtype=torch.float32))
 
     def add_task(self, task: str, device: torch.device) -> None:
         """Make room for a task's autoencoder; one that is there is left as it is."""
@@ -83,7 +83,16 @@ class AutoencoderBank(nn.Module):
             self.tasks.append(task)
             for name in self.tensors:
                 old: Tensor = getattr(self, name)
-                setattr(self, name, torch.cat([old.to(device), torch.zeros(1, *old.shape[1:], device=device)]))
+                row = torch.zeros(1, *old.shape[1:], device=device, dtype=torch.float32)
+                setattr(self, name, torch.cat([old.to(device), row]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoencoderBank":
+        """Follow the model to another device, but not to another type: a `bf16-true` run would round the thresholds."""
+        for name in self.tensors:
+            old: Tensor = getattr(self, name)
+            moved = fn(old)
+            setattr(self, name, moved if moved.dtype == old.dtype else old.to(moved.device))
+        return self
 
     def errors(self, features: Tensor) -> Tensor:
         """[B, T], mean squared reconstruction error of each sample under each task, in float32; features [B, d]."""
@@ -100,7 +109,7 @@ class AutoencoderBank(nn.Module):
         the training part are too small.
 
         Args:
-            features: [N, d], N at least 2.
+            features: [N, d], N at least 2; rows without any value are left out.
 
         Returns:
             `train_error` and `held_out_error` (means), `threshold`, and `epochs` done.
@@ -108,26 +117,30 @@ class AutoencoderBank(nn.Module):
         Raises:
             ValueError: there are fewer than two samples.
         """
+        features = features[~features.isnan().all(1)]
         if len(features) < 2:
             raise ValueError(
                 f"the router of task {task!r} needs at least 2 training samples, there are {len(features)}"
             )
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        held = max(1, min(len(features) - 1, round(recipe.held_out * len(features))))
+        held = max(1, min(len(features) - 1, round(recipe.held_out * len(features)))) if recipe.held_out else 0
         index = self.tasks.index(task)
         with torch.autocast(features.device.type, enabled=False):
             rest, train = features[order[:held]].float(), features[order[held:]].float()
             self._set_scale(index, train)
             epochs = self._train(index, train, recipe, generator) if self.w1.shape[1] else 0
             train_error, held_error = (self.errors(part)[:, index] for part in (train, rest))
-            self.threshold[index] = recipe.margin * held_error.quantile(recipe.quantile)
-        return {
-            "train_error": train_error.mean().item(),
-            "held_out_error": held_error.mean().item(),
-            "threshold": self.threshold[index].item(),
-            "epochs": float(epochs),
+            known = held_error if held else train_error
+            self.threshold[index] = recipe.margin * known.quantile(recipe.quantile)
+        report = {
+            "train_error": train_error.mean(),
+            "held_out_error": held_error.mean(),
+            "threshold": self.threshold[index],
         }
+        if not held:
+            del report["held_out_error"]
+        return {name: value.item() for name, value in report.items()} | {"epochs": float(epochs)}
 
     def _set_scale(self, index: int, train: Tensor) -> None:
         """Mean and deviation of the task's training features, per dimension, missing values left out."""
@@ -163,7 +176,7 @@ class AutoencoderBank(nn.Module):
         return ((output - targets) ** 2 * weights).sum(-1)
 
     def _train(self, index: int, train: Tensor, recipe: Recipe, generator: torch.Generator) -> int:
-        """Adam from a seeded start (as `nn.Linear`); keeps the weights of the lowest training loss. Returns the epochs."""
+        """Adam from a seeded start (as `nn.Linear`); sets the weights and returns the epochs."""
         present = ~train.isnan()
         targets = self._scale(train, present)[:, index]
         weights = present.float()
@@ -190,11 +203,14 @@ class AutoencoderBank(nn.Module):
             schedule.step()
             done += 1
             loss, since = loss_sum / len(targets), since + 1
+            if recipe.keep == "last":
+                kept = start
+            elif loss < best:
+                kept = {name: value.detach().clone() for name, value in start.items()}
             if loss < best:
                 best, since = loss, 0
-                kept = {name: value.detach().clone() for name, value in start.items()}
             if recipe.patience is not None and since >= recipe.patience:
                 break
         for name, value in kept.items():
-            getattr(self, name)[index] = value
+            getattr(self, name)[index] = value.detach()
         return done

@@ -151,7 +151,7 @@ def test_the_loss_of_a_sample_is_its_own(experiment: Make) -> None:
         ("router_minimum: 1", "router_minimum: is 1, must be at least 2"),
         ("router: softmax", "router"),
         ("targets: {audio: [q_proj]}", "unknown tower audio"),
-        ("allocation: uniform, budget_parameters: 100", "budget_parameters: uniform allocation"),
+        ("allocation: uniform, budget_parameters: 100", "budget_parameters: is 100, which has no effect: uniform"),
         ("router: oracle, route_scope: batch_vote", "route_scope: the oracle"),
     ],
 )
