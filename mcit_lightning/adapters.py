@@ -11,7 +11,7 @@ Shapes: B batch, S tokens, E branches, r rank, d_in and d_out the linear's featu
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,8 @@ class AdapterLinear(nn.Module):
         self.trunk_of: dict[str, str] = {}
         self.gate: Gate = None
         self.enabled = True
+        self._used: tuple[str, ...] | None = None
+        self._owners: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._unmerged: list[nn.Parameter] = []  # the pretrained weight while merged, hidden from `parameters()`
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
         self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
@@ -123,6 +125,23 @@ class AdapterLinear(nn.Module):
                 f"{path}: router {name!r} is for {self.routers[name].shape[0]} branches, there are {branches}"
             )
 
+    def use(self, names: Sequence[str] | None) -> None:
+        """Let only some branches take part, so that a forward costs what these cost, however many there are.
+
+        Decided on the host, once per batch. The gate must then have a column for each of them, in their order, and no other.
+
+        Args:
+            names: of branches with an A of their own; None for all.
+
+        Raises:
+            ValueError: there is no such branch, or trunks are shared.
+        """
+        if names is not None and (unknown := set(names) - set(self.lora_b)):
+            raise ValueError(f"unknown branch {', '.join(sorted(unknown))}; there are {', '.join(self.lora_b)}")
+        if names is not None and len(self.lora_a) != len(self.lora_b):
+            raise ValueError("branches that share a trunk take part together")
+        self._used = None if names is None else tuple(names)
+
     @torch.no_grad()
     def merge(self, gate: Tensor | None = None) -> None:
         """Add the branches to the base weight, so that the layer costs what the base costs.
@@ -154,27 +173,42 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.lora_b or self._unmerged or not self.enabled:
+        if not self.lora_b or self._unmerged or not self.enabled or self._used == ():
             return y
-        a = _concatenate(list(self.lora_a.values()), 0)
+        trunks, branches, owners = self._parts()
+        a = _concatenate(trunks, 0)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(a.dtype)
         gate = self.gate(x) if callable(self.gate) else self.gate  # routers see what dropout leaves out
         hidden = F.linear(self.dropout(x), a)
         if self._mixes_first(hidden, gate):
             assert isinstance(gate, Tensor)
-            branches = torch.stack(list(self.lora_b.values()))  # [E, d_out, r]
-            mixed = torch.einsum("be,eor->bor", gate.to(hidden.dtype), branches.to(hidden.dtype))
+            stacked = torch.stack(branches)  # [E, d_out, r]
+            mixed = torch.einsum("be,eor->bor", gate.to(hidden.dtype), stacked.to(hidden.dtype))
             return y + (self.scale * torch.bmm(hidden, mixed.transpose(1, 2))).to(y.dtype)
-        b = _concatenate(list(self.lora_b.values()), 1)
+        b = _concatenate(branches, 1)
         if len(self.lora_a) != len(self.lora_b):
             hidden = hidden.index_select(-1, self.trunk_columns)  # every branch gets its trunk's columns
         if gate is not None:
             gate = gate.to(hidden.dtype)
             if gate.dim() == 2 and hidden.dim() == 3:
                 gate = gate.unsqueeze(1)
-            hidden = hidden * gate.index_select(-1, self.branch_index)
+            hidden = hidden * gate.index_select(-1, owners)
         return y + (self.scale * F.linear(hidden, b)).to(y.dtype)
+
+    def _parts(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Trunks, branches, and for each column of the concatenated branches the gate's column that weighs it."""
+        if self._used is None:
+            return list(self.lora_a.values()), list(self.lora_b.values()), self.branch_index
+        key = (self._used, self.branch_index.device)
+        if key not in self._owners:
+            owner = [index for index, name in enumerate(self._used) for _ in range(self.lora_b[name].shape[1])]
+            self._owners[key] = torch.tensor(owner, device=self.branch_index.device)
+        return (
+            [self.lora_a[self.trunk_of[n]] for n in self._used],
+            [self.lora_b[n] for n in self._used],
+            self._owners[key],
+        )
 
     def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
         """Whether a sample's branches are summed before the product: they share a trunk and a gate, over enough tokens."""
@@ -203,6 +237,7 @@ class AdapterLinear(nn.Module):
             starts[self.trunk_of[name]] + i for name, rank in zip(self.lora_b, ranks, strict=True) for i in range(rank)
         ]
         owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+        self._used, self._owners = None, {}
         self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
         self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)
 

@@ -210,3 +210,15 @@ def test_features_of_test_samples_are_computed_once_per_run(
         assert torch.equal(routed_logits(module, batch), expected)
     assert strategy.routed_to() == routes
     assert len(calls) == (len(batches) if size else 2 * len(batches))
+
+
+def test_only_experts_that_a_batch_uses_are_computed(experiment: Make) -> None:
+    module, strategy, stream = learn(experiment("vision_floor: 0.25"), 3)
+    batch = evaluation_batches(stream)[0]
+    expected = routed_logits(module, batch)
+    used = {task for row in strategy.routed_to() or [] for task in row}
+    assert used and used != set(strategy.tasks), "the batch must leave an expert unused, else this shows nothing"
+    for layer in module.towers.adapters.values():
+        for name in set(layer.lora_b) - used:
+            layer.lora_b[name].data.fill_(torch.nan)
+    assert torch.equal(routed_logits(module, batch), expected)

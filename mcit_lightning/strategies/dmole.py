@@ -157,8 +157,9 @@ class DMoLE(ContinualStrategy):
         self._active = self._preference = None
         if towers.adapters:
             active = self._known(towers, batch) if task is None else self._training(towers, batch, task)
-            self._set_gates(towers, batch, active)
-            self._active = active
+            used = {index for index, any_row in enumerate(active.any(0).tolist()) if any_row}
+            self._active = active.to(batch["inputs"]["input_ids"].device, non_blocking=True)
+            self._set_gates(towers, batch, self._active, used)
         return nullcontext()
 
     def routed_to(self) -> list[list[str]] | None:
@@ -210,24 +211,23 @@ class DMoLE(ContinualStrategy):
         return active
 
     def _training(self, towers: Towers, batch: Batch, task: str) -> Tensor:
-        """[B, T] in {0, 1}: the stage's expert for every sample, and a co-expert."""
-        size, current = len(batch["id"]), self.tasks.index(task)
-        device = batch["inputs"]["input_ids"].device
-        own = torch.full((size,), current, device=device)
+        """[B, T] in {0, 1}: the stage's expert for every sample, and a co-expert. On the host: nothing waits for the device."""
+        current = self.tasks.index(task)
+        own = torch.full((len(batch["id"]),), current)
         active = _one_hot(own, len(self.tasks))
         if current == 0 or self.config.co_expert == "none":
             return active
         keys = [(task, self.training, row) for row in batch["index"]]
         if not all(key in self._helpers for key in keys):  # once per sample: features and earlier tasks never change
             assert self.bank is not None
-            helpers = self._co_expert(self.bank.errors(self.features(towers, batch)), own)
-            self._helpers.update(zip(keys, helpers.tolist(), strict=True))
-        helpers = torch.tensor([self._helpers[key] for key in keys], device=device)
+            errors = self.bank.errors(self.features(towers, batch))
+            self._helpers.update(zip(keys, self._co_expert(errors, own.to(errors.device)).tolist(), strict=True))
+        helpers = torch.tensor([self._helpers[key] for key in keys])
         if self.config.route_scope == "batch_vote":
             votes = _one_hot(helpers, len(self.tasks)).sum(0)
             winner = votes.argmax()
             enough = (votes[winner] > 0) & (votes[winner] >= self.config.vote_share * votes.sum())
-            helpers = torch.where(enough, winner, -1).expand(size)
+            helpers = torch.where(enough, winner, -1).expand(len(keys))
         return active + _one_hot(helpers, len(self.tasks))
 
     def _co_expert(self, errors: Tensor, own: Tensor) -> Tensor:
@@ -239,19 +239,25 @@ class DMoLE(ContinualStrategy):
         best = errors.masked_fill(~allowed, torch.inf).argmin(1)
         return torch.where(allowed.any(1), best, -1)
 
-    def _set_gates(self, towers: Towers, batch: Batch, active: Tensor) -> None:
-        """Each module's gate holds a column per expert that the module has; the vision tower's a row per picture."""
+    def _set_gates(self, towers: Towers, batch: Batch, active: Tensor, used: set[int]) -> None:
+        """Each module's gate holds a column per expert that takes part; the vision tower's a row per picture.
+
+        Args:
+            used: columns of `active` that are not all zero. Only their experts are computed: a step costs the same after 20 tasks
+                as after two.
+        """
         rows = {"language": active}
         if "vision" in self.config.targets:
             rows["vision"] = active.index_select(0, tile_owners(towers, batch))
-        columns = {task: index for index, task in enumerate(self.tasks)}
+        columns = {task: index for index, task in enumerate(self.tasks) if index in used}
         layers: dict[str, list[tuple[SampleGate, list[int]]]] = {}
         for path, layer in towers.adapters.items():
             assert isinstance(layer.gate, SampleGate)
-            tower = towers.tower_of(path) or "language"
-            layers.setdefault(tower, []).append((layer.gate, [columns[name] for name in layer.lora_b]))
+            own = [name for name in layer.lora_b if name in columns]
+            layer.use(own)
+            layers.setdefault(towers.tower_of(path) or "language", []).append((layer.gate, [columns[n] for n in own]))
         for tower, gates in layers.items():  # one gather per tower, not one per module
-            index = torch.tensor([column for _, own in gates for column in own], device=active.device)
+            index = torch.tensor([column for _, own in gates for column in own], device=active.device, dtype=torch.long)
             parts = rows[tower].index_select(1, index).split([len(own) for _, own in gates], dim=1)
             for (gate, _), value in zip(gates, parts, strict=True):
                 gate.value = value
