@@ -94,13 +94,13 @@ class AutoencoderBank(nn.Module):
             setattr(self, name, moved if moved.dtype == old.dtype else old.to(moved.device))
         return self
 
-    def errors(self, features: Tensor) -> Tensor:
+    def errors(self, features: Tensor, tasks: slice = slice(None)) -> Tensor:
         """[B, T], mean squared reconstruction error of each sample under each task, in float32; features [B, d]."""
         with torch.autocast(features.device.type, enabled=False):
             present = ~features.isnan()
-            targets = self._scale(features.float(), present).transpose(0, 1)  # [T, B, d]
-            weights = present.float()
-            return (self._error(targets, weights, self.w1, self.b1, self.w2, self.b2) / weights.sum(1)).T
+            targets, weights = self._scale(features.float(), present, tasks), present.float()
+            network = (self.w1[tasks], self.b1[tasks], self.w2[tasks], self.b2[tasks])
+            return (self._error(targets, weights, *network) / weights.sum(1)).T
 
     def fit(self, task: str, features: Tensor, recipe: Recipe, seed: int) -> dict[str, float]:
         """Train a task's autoencoder and set its threshold.
@@ -130,7 +130,7 @@ class AutoencoderBank(nn.Module):
             rest, train = features[order[:held]].float(), features[order[held:]].float()
             self._set_scale(index, train)
             epochs = self._train(index, train, recipe, generator) if self.w1.shape[1] else 0
-            train_error, held_error = (self.errors(part)[:, index] for part in (train, rest))
+            train_error, held_error = (self.errors(part, slice(index, index + 1))[:, 0] for part in (train, rest))
             known = held_error if held else train_error
             self.threshold[index] = recipe.margin * known.quantile(recipe.quantile)
         report = {
@@ -161,10 +161,10 @@ class AutoencoderBank(nn.Module):
         values = features.masked_fill(~present, 0.0)
         return F.normalize(values, dim=-1) if self.scaling == "l2" else values
 
-    def _scale(self, features: Tensor, present: Tensor) -> Tensor:
-        """[B, T, d], what each task's autoencoder is to reconstruct; zero where a value is missing."""
-        values = self._norm(features, present).unsqueeze(1)
-        return ((values - self.mean) / self.deviation) * present.unsqueeze(1)
+    def _scale(self, features: Tensor, present: Tensor, tasks: slice) -> Tensor:
+        """[T, B, d], what each task's autoencoder is to reconstruct; zero where a value is missing."""
+        mean, deviation = self.mean[tasks].unsqueeze(1), self.deviation[tasks].unsqueeze(1)
+        return ((self._norm(features, present) - mean) / deviation) * present
 
     def _error(self, targets: Tensor, weights: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         """[T, B], squared error summed over the dimensions that a sample has; targets [T, B, d], weights [B, d]."""
@@ -175,10 +175,15 @@ class AutoencoderBank(nn.Module):
         output = output.sigmoid() if self.output == "sigmoid" else output
         return ((output - targets) ** 2 * weights).sum(-1)
 
+    def _mean_error(self, targets: Tensor, weights: Tensor, autoencoder: dict[str, Tensor]) -> Tensor:
+        """[], mean over samples of the error of one autoencoder that is not in the bank; targets and weights [B, d]."""
+        parts = (value.unsqueeze(0) for value in autoencoder.values())
+        return (self._error(targets.unsqueeze(0), weights, *parts)[0] / weights.sum(1)).mean()
+
     def _train(self, index: int, train: Tensor, recipe: Recipe, generator: torch.Generator) -> int:
         """Adam from a seeded start (as `nn.Linear`); sets the weights and returns the epochs."""
         present = ~train.isnan()
-        targets = self._scale(train, present)[:, index]
+        targets = self._scale(train, present, slice(index, index + 1))[0]
         weights = present.float()
         start = {}
         for name in ("w1", "b1", "w2", "b2"):
@@ -190,19 +195,17 @@ class AutoencoderBank(nn.Module):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, eta_min=recipe.lr_end)
         best, kept, since, done = math.inf, {name: value.detach().clone() for name, value in start.items()}, 0, 0
         for _ in range(recipe.epochs):
-            loss_sum = 0.0
             with torch.enable_grad():
                 for chosen in torch.randperm(len(targets), generator=generator).split(recipe.batch_size):
                     rows = chosen.to(train.device)
-                    parts = (value.unsqueeze(0) for value in start.values())
-                    error = self._error(targets[rows].unsqueeze(0), weights[rows], *parts)[0] / weights[rows].sum(1)
+                    error = self._mean_error(targets[rows], weights[rows], start)
                     optimizer.zero_grad()
-                    error.mean().backward()
+                    error.backward()
                     optimizer.step()
-                    loss_sum += float(error.detach().sum())
             schedule.step()
             done += 1
-            loss, since = loss_sum / len(targets), since + 1
+            with torch.no_grad():  # of these weights; the mean over the epoch's steps would be that of older ones
+                loss, since = float(self._mean_error(targets, weights, start)), since + 1
             if recipe.keep == "last":
                 kept = start
             elif loss < best:
