@@ -11,7 +11,7 @@ from torch import Tensor
 
 from callbacks.base import TaskCallback, require
 from mcit_lightning.module import MCITModule
-from mcit_lightning.probe import gradient_scores, parts
+from mcit_lightning.probe import evaluate_with_checkpointing, gradient_scores, parts
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies import DMoLE
 
@@ -39,7 +39,7 @@ class GradientProbe(TaskCallback):
         paths = [path for paths in strategy.candidates(module.towers).values() for path in paths]
         config, samples = strategy.config, strategy.proxy_samples(stream.train_rows)
         to_device(trainer, module)
-        module.model.train(module.config.backbone.activation_checkpointing)  # which transformers skips in eval mode
+        evaluate_with_checkpointing(module.model)
         strategy.scores = {}
         for part in parts(module.towers, paths, config.proxy_passes):
             strategy.scores |= gradient_scores(

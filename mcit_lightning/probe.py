@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcit_lightning.loss import Batch, answer_loss, sample_losses
 from mcit_lightning.towers import Towers
@@ -87,6 +87,17 @@ def gradient_scores(
         total = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total.to(parameter.device)
         scores[key[0]] += float(reduce(total).norm())
     return scores
+
+
+def evaluate_with_checkpointing(model: nn.Module) -> None:
+    """Evaluation mode, so that dropout does not make scores random, but for the modules that checkpoint activations.
+
+    transformers recomputes them in training mode only. Their own `eval()` ends this.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
 
 
 def parts(towers: Towers, paths: Sequence[str], count: int) -> list[list[str]]:

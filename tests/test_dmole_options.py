@@ -15,7 +15,7 @@ from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.features import sequence_features
 from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.loss import answer_loss
-from mcit_lightning.probe import gradient_scores, parts
+from mcit_lightning.probe import evaluate_with_checkpointing, gradient_scores, parts
 from mcit_lightning.strategies import DMoLEConfig
 
 Make = Callable[..., ExperimentConfig]
@@ -107,6 +107,34 @@ def test_no_more_than_the_candidates_sums_and_one_gradient_are_alive(
     monkeypatch.setattr(probe, "_collect", counting)
     gradient_scores(module.towers, paths, stream.probe_loader(8), 8)
     assert len(alive) == 2 * len(paths) and set(alive) == {1}  # two batches
+
+
+def test_scores_are_not_random_and_activations_are_recomputed(experiment: Make) -> None:
+    module, strategy, stream = new_module(experiment())
+    paths, batches = strategy.candidates(module.towers)["language"], list(stream.probe_loader(8))
+    expected = gradient_scores(module.towers, paths, batches, 8)
+    for part in module.model.modules():
+        if isinstance(getattr(part, "attention_dropout", None), float):
+            part.attention_dropout = 0.9  # type: ignore[assignment]
+    module.model.gradient_checkpointing_enable()
+    runs: list[int] = []
+    layer = module.model.get_submodule(module.towers.language).layers[0]  # type: ignore[union-attr, index]
+    layer.mlp.register_forward_pre_hook(lambda *args: runs.append(1))  # type: ignore[union-attr]
+    evaluate_with_checkpointing(module.model)
+    assert gradient_scores(module.towers, paths, batches, 8) == pytest.approx(expected, rel=1e-5)
+    assert len(runs) == 2 * len(batches)
+
+
+def test_a_quantised_base_has_no_gradient_to_measure(experiment: Make) -> None:
+    for options, refused in (("allocation: proxy", True), ("allocation: random, curriculum: false", False)):
+        module, strategy, _ = new_module(experiment(options))
+        linear = module.model.get_submodule(strategy.candidates(module.towers)["language"][0])
+        linear.weight = torch.nn.Parameter(linear.weight.detach().to(torch.uint8), requires_grad=False)  # type: ignore[operator, union-attr]
+        if refused:
+            with pytest.raises(ValueError, match=r"is quantised \(torch.uint8\).*allocation to uniform"):
+                strategy.check(module.towers, STAGES)
+        else:
+            strategy.check(module.towers, STAGES)
 
 
 def test_sums_in_the_models_type_lose_small_gradients(experiment: Make) -> None:

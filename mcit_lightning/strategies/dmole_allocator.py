@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from mcit_lightning.adapters import AdapterLinear
 from mcit_lightning.allocation import by_layer, difficulty, fill, natural, ranked, shares, shuffled, split_budget
@@ -31,9 +31,17 @@ class ExpertAllocator:
         """Look for the targets.
 
         Raises:
-            ValueError: a target matches nothing, or no expert fits into `budget_parameters`.
+            ValueError: a target matches nothing, no expert fits into `budget_parameters`, or weights have no gradient to measure.
         """
         candidates, budget = self.candidates(towers), self.config.budget_parameters
+        for path in [path for paths in candidates.values() for path in paths] if self.config.needs_scores else []:
+            weight = towers.model.get_submodule(path).weight
+            assert isinstance(weight, Tensor)
+            if not weight.is_floating_point():
+                raise ValueError(
+                    f"strategy.allocation: {path} is quantised ({weight.dtype}), so its gradient cannot be measured; set "
+                    "strategy.allocation to uniform, or to random with strategy.curriculum=false"
+                )
         if budget is not None:
             units = [paths for own in self._units(candidates).values() for paths in own.values()]
             least = min(sum(self._expert_size(towers, path) for path in paths) for paths in units)
