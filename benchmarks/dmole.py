@@ -3,6 +3,7 @@
     python benchmarks/dmole.py                                                  # CPU: the quickstart's shapes
     python benchmarks/dmole.py --shapes llava7b --divide 8                      # LLaVA-1.5-7B with an eighth of its layers
     python benchmarks/dmole.py --shapes llava7b --device cuda --dtype bfloat16  # all of it, random weights
+    python benchmarks/dmole.py --shapes llava7b --operations                    # nothing runs: products are counted
 
 Every figure is the time per sample relative to a training step's in the same run (median over rounds, 10th to 90th percentile of
 the rounds' ratios). The pre-stage cost of a stage with N samples follows from it: probe and features of 1 % of them (at least the
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mcit_lightning.loss import answer_loss
@@ -130,7 +132,7 @@ def learnt(towers: Towers, names: list[str], rank: int) -> DMoLE:
     return strategy
 
 
-def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(shape: str, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     """Seconds per sample of every part, as lists over the rounds."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
@@ -206,11 +208,11 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         for name, (run, count) in parts.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = clock()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append((time.perf_counter() - began) / count)
+            seconds[name].append((clock() - began) / count)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {"shape": shape, "seconds": seconds, "peak_memory_bytes": peak}
 
@@ -222,6 +224,35 @@ def pre_stage(median: dict[str, float], rows: int) -> float:
     seen = min(rows, max(config.router_minimum, round(config.router_fraction * rows)))
     cost = probed * median["probe"] + seen * (median["features"] + median["autoencoder"])
     return cost / (rows * median["training step"])
+
+
+def operations(shape: str, options: argparse.Namespace) -> dict[str, float]:
+    """Multiplications and additions of all products, in units of 1e12 per sample, on a model without weights.
+
+    In generation they are few but wait for memory, so the share of routing in its time is smaller than in its operations.
+    """
+    with torch.device("meta"):
+        model, _ = build(shape, options.divide)
+    towers = Towers.of(model.requires_grad_(False))
+    vision, decoder = (model.get_submodule(path) for path in (towers.vision, towers.language))
+    config = model.config.vision_config
+    tokens, width = (config.image_size // config.patch_size) ** 2, model.config.text_config.hidden_size
+    pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+
+    def count(run: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        return counter.get_total_flops() / 1e12
+
+    def read(length: int) -> Callable[[], object]:
+        embedded = torch.empty(1, length, width, device="meta")
+        mask = torch.empty(1, 1, length, length, device="meta")  # ready-made: making one looks at values
+        return lambda: decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+
+    found = {"vision tower": count(lambda: vision(pixels)), "question alone": count(read(options.question))}
+    prompt = count(read(4 + tokens + options.question))
+    found["generation"] = found["vision tower"] + prompt + (options.new_tokens - 1) * count(read(1))
+    return found
 
 
 def routing_share(median: dict[str, float], first: str, times: float) -> float:
@@ -243,13 +274,32 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=4, help="tokens of a training answer")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to generate per sample")
     parser.add_argument("--router-samples", type=int, default=512)
+    parser.add_argument("--operations", action="store_true", help="count products instead of measuring time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, where others use the machine"
+    )
     parser.add_argument("--tasks", type=int, default=9, help="length of the task sequence, for the share over a run")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    found = [measure(shape, options) for shape in options.shapes]
     console = Console(file=sys.stdout)
+    if options.operations:
+        for shape in options.shapes:
+            count = operations(shape, options)
+            console.print(
+                f"{shape}, 1e12 operations per sample: " + ", ".join(f"{k} {v:.3f}" for k, v in count.items())
+            )
+            for batch in (1, options.batch_size):
+                looked = count["vision tower"] + count["question alone"] / batch
+                console.print(
+                    f"routing over generation, a question for every {batch}: {looked / count['generation']:.1%}"
+                )
+        return
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    found = [measure(shape, options, clock) for shape in options.shapes]
     for result in found:
         seconds = result["seconds"]
         median = {name: statistics.median(values) for name, values in seconds.items()}

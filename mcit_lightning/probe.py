@@ -102,7 +102,7 @@ def evaluate_with_checkpointing(model: nn.Module) -> None:
 
 def parts(towers: Towers, paths: Sequence[str], count: int) -> list[list[str]]:
     """The paths in at most `count` runs of about as many weights, in their order."""
-    sizes = [towers.model.get_submodule(path).weight.numel() for path in paths]  # type: ignore[operator, union-attr]
+    sizes = [towers.model.get_submodule(path).weight.numel() for path in paths]  # type: ignore[operator]
     found: list[list[str]] = [[] for _ in range(count)]
     before = 0
     for path, size in zip(paths, sizes, strict=True):

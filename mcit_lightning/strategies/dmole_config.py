@@ -133,16 +133,10 @@ class DMoLEConfig(LoRAConfig):
                 raise ValueError(f"{name}: is {getattr(self, name)}, must be in [0, 1]")
         if not 0 < self.router_held_out < 1:
             raise ValueError(f"router_held_out: is {self.router_held_out}, must be between 0 and 1")
-        positive = ("top_k", "router_hidden", "router_epochs", "router_batch_size", "proxy_minimum", "router_minimum")
-        for name in (
-            *positive,
-            "proxy_passes",
-            "router_lr",
-            "margin",
-            "budget_parameters",
-            "router_lr_end",
-            "router_patience",
-        ):
+        positive = (
+            "top_k proxy_minimum proxy_passes router_minimum router_hidden router_epochs router_batch_size router_lr"
+        )
+        for name in f"{positive} router_lr_end router_patience margin budget_parameters".split():
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: is {value}, must be greater than 0")
@@ -171,14 +165,15 @@ class DMoLEConfig(LoRAConfig):
              "router_hidden router_output router_epochs router_lr router_lr_end router_batch_size router_patience router_keep",
              "a centroid is not trained"),
             (self.threshold_from == "training", "router_held_out", "nothing is held out; it belongs to threshold_from: held_out"),
-            (not self.needs_router, f"{_names('router_')} {_names('feature_')} threshold_from quantile margin",
+            (not self.needs_router, f"{_names('router_')} feature_tiles feature_masked threshold_from quantile margin",
              "the oracle without a co-expert asks no router"),
         ]  # fmt: skip
         defaults = {item.name: item.default for item in fields(self) if item.default is not MISSING}
         for applies, names, reason in cases:
             for name in names.split():
                 if applies and (value := getattr(self, name)) != defaults[name]:
-                    raise ValueError(f"{name}: is {value}, which has no effect: {reason}; leave it out")
+                    default = "null" if defaults[name] is None else defaults[name]
+                    raise ValueError(f"{name}: is {value}, which has no effect: {reason}; leave it at {default}")
 
 
 def _names(prefix: str) -> str:
