@@ -153,13 +153,15 @@ class DMoLE(ContinualStrategy):
         return self.bank.fit(stage.name, features, recipe, seed=self.seed + stage.index)
 
     def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
-        """Decide each sample's experts and give every gate its rows of that decision."""
+        """Decide each sample's experts and give every gate its rows of that decision. Raises as `tile_owners`."""
         self._active = self._preference = None
         if towers.adapters:
             active = self._known(towers, batch) if task is None else self._training(towers, batch, task)
             used = {index for index, any_row in enumerate(active.any(0).tolist()) if any_row}
             self._active = active.to(batch["inputs"]["input_ids"].device, non_blocking=True)
             self._set_gates(towers, batch, self._active, used)
+        elif self.needs_router or self.config.targets.get("vision"):
+            tile_owners(towers, batch)  # a model that it cannot route raises in the zero-shot evaluation, not after it
         return nullcontext()
 
     def routed_to(self) -> list[list[str]] | None:
@@ -247,7 +249,7 @@ class DMoLE(ContinualStrategy):
                 as after two.
         """
         rows = {"language": active}
-        if "vision" in self.config.targets:
+        if self.config.targets.get("vision"):
             rows["vision"] = active.index_select(0, tile_owners(towers, batch))
         columns = {task: index for index, task in enumerate(self.tasks) if index in used}
         layers: dict[str, list[tuple[SampleGate, list[int]]]] = {}
