@@ -1,33 +1,23 @@
 """D-MoLE on a tiny model: what a sample is given, and that nothing else in its batch matters."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dmole_model import evaluation_batches, learn, logits, merge, new_module, routed_logits, rows
+from dmole_model import Make, evaluation_batches, experiments_in, learn, logits, merge, new_module, routed_logits, rows
 from torch import Tensor
 
-from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.collate import EvalCollator
 from mcit_lightning.features import sequence_features
 from mcit_lightning.generation import generate_answers
-from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.loss import answer_loss
-
-Make = Callable[..., ExperimentConfig]
 
 
 @pytest.fixture
 def experiment(smoke_root: Path) -> Make:
-    def make(*strategy: str) -> ExperimentConfig:
-        node = ", ".join(("name: dmole", "rank: 4", "alpha: 8", "dropout: 0.0", *strategy))
-        overrides = [f"data.root={smoke_root}", "prepare=null", f"strategy={{{node}}}"]
-        return load_config(experiments_dir() / "dmole_smoke.yaml", overrides)
-
-    return make
+    return experiments_in(smoke_root)
 
 
 def test_without_active_experts_the_logits_are_the_base_models(experiment: Make) -> None:

@@ -1,29 +1,19 @@
 """D-MoLE on a tiny model: what the probe measures and what is allocated by it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from dmole_model import STAGES, learn, new_module
+from dmole_model import STAGES, Make, experiments_in, learn, new_module
 
 from mcit_lightning.backbone import load_backbone
-from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.loss import answer_loss, sample_losses
 from mcit_lightning.probe import gradient_scores
-
-Make = Callable[..., ExperimentConfig]
 
 
 @pytest.fixture
 def experiment(smoke_root: Path) -> Make:
-    def make(*strategy: str) -> ExperimentConfig:
-        node = ", ".join(("name: dmole", "rank: 4", "alpha: 8", "dropout: 0.0", *strategy))
-        overrides = [f"data.root={smoke_root}", "prepare=null", f"strategy={{{node}}}"]
-        return load_config(experiments_dir() / "dmole_smoke.yaml", overrides)
-
-    return make
+    return experiments_in(smoke_root)
 
 
 # ------------------------------------------------------------------------------------------------------------- allocation

@@ -6,29 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from dmole_model import STAGES, evaluation_batches, learn, merge, new_module, routed_logits, rows
+from dmole_model import STAGES, Make, evaluation_batches, experiments_in, learn, merge, new_module, routed_logits, rows
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcit_lightning.autoencoder import AutoencoderBank, Recipe
-from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.features import sequence_features
-from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.loss import answer_loss
 from mcit_lightning.probe import evaluate_with_checkpointing, gradient_scores, parts
 from mcit_lightning.strategies import DMoLEConfig
 
-Make = Callable[..., ExperimentConfig]
-
 
 @pytest.fixture
 def experiment(smoke_root: Path) -> Make:
-    def make(*strategy: str) -> ExperimentConfig:
-        node = ", ".join(("name: dmole", "rank: 4", "alpha: 8", "dropout: 0.0", *strategy))
-        overrides = [f"data.root={smoke_root}", "prepare=null", f"strategy={{{node}}}"]
-        return load_config(experiments_dir() / "dmole_smoke.yaml", overrides)
-
-    return make
+    return experiments_in(smoke_root)
 
 
 # ------------------------------------------------------------------------------------------------- options without effect
