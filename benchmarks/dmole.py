@@ -3,10 +3,13 @@
     python benchmarks/dmole.py                                                  # CPU: the quickstart's shapes
     python benchmarks/dmole.py --shapes llava7b --divide 8                      # LLaVA-1.5-7B with an eighth of its layers
     python benchmarks/dmole.py --shapes llava7b --device cuda --dtype bfloat16  # all of it, random weights
+    python benchmarks/dmole.py --shapes llava7b --operations                    # nothing runs: products are counted
 
 Every figure is the time per sample relative to a training step's in the same run (median over rounds, 10th to 90th percentile of
 the rounds' ratios). The pre-stage cost of a stage with N samples follows from it: probe and features of 1 % of them (at least the
-minimum) and the autoencoder, over N training samples. The co-expert of a sample is looked up once, in its first epoch.
+minimum) and the autoencoder, over N training samples. The co-expert of a sample is looked up once, in its first epoch. A test
+sample is routed once with a look at it, and remembered when it is tested again after every later task; the share of routing in
+all the evaluations of a run follows from both.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mcit_lightning.loss import answer_loss
@@ -33,7 +37,7 @@ from mcit_lightning.towers import Towers
 TASKS = ["first", "second", "third"]
 IMAGE = 3
 CLIP_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj"]
-DINO_NAMES = ["query", "key", "value", "attention.output.dense"]
+DINO_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def build(shape: str, divide: int) -> tuple[LlavaForConditionalGeneration, list[str]]:
@@ -105,8 +109,15 @@ def prompts(batch: dict[str, Any], answer: int) -> dict[str, Any]:
         "inputs": inputs,
         "num_images": batch["num_images"],
         "id": batch["id"],
+        "index": batch["index"],
         "task": ["third"] * len(batch["id"]),
     }
+
+
+def asked_alike(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same pictures, all with the first row's question, as in captioning."""
+    ids = batch["inputs"]["input_ids"]
+    return {**batch, "inputs": {**batch["inputs"], "input_ids": ids[:1].expand_as(ids).contiguous()}}
 
 
 def learnt(towers: Towers, names: list[str], rank: int) -> DMoLE:
@@ -121,7 +132,7 @@ def learnt(towers: Towers, names: list[str], rank: int) -> DMoLE:
     return strategy
 
 
-def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure(shape: str, options: argparse.Namespace, clock: Callable[[], float]) -> dict[str, Any]:
     """Seconds per sample of every part, as lists over the rounds."""
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     torch.manual_seed(0)
@@ -134,6 +145,7 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     size, answer = options.batch_size, options.answer
     batches = [make_batch(model, size, options.question, answer, number) for number in range(2)]
     asked = prompts(batches[0], answer)
+    alike = asked_alike(asked)
     features = torch.cat([strategy.features(towers, batch) for batch in batches])
     samples = features.repeat(-(-options.router_samples // len(features)), 1)[: options.router_samples]
     samples = samples + samples.std() * torch.randn_like(samples)
@@ -158,8 +170,10 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     def probe() -> None:
         gradient_scores(towers, paths, batches[:1], size, context=autocast)
 
-    def route() -> None:
-        with torch.no_grad(), autocast(), strategy.routing(towers, asked, None):
+    def route(batch: dict[str, Any], *, again: bool = False) -> None:
+        if not again:
+            strategy._tested.clear()
+        with torch.no_grad(), autocast(), strategy.routing(towers, batch, None):
             pass
 
     def generate() -> None:
@@ -182,7 +196,9 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         "features": (lambda: strategy.features(towers, batches[0]) is None, size),  # type: ignore[dict-item]
         "co-expert": (co_experts, size),
         "autoencoder": (fit, options.router_samples),
-        "routing": (route, size),
+        "routing, first time": (lambda: route(asked), size),
+        "routing, first time, one question": (lambda: route(alike), size),
+        "routing, seen before": (lambda: route(alike, again=True), size),
         "generation": (generate, size),
     }
     for run, _ in parts.values():
@@ -192,11 +208,11 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
         for name, (run, count) in parts.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = clock()
             run()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            seconds[name].append((time.perf_counter() - began) / count)
+            seconds[name].append((clock() - began) / count)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     return {"shape": shape, "seconds": seconds, "peak_memory_bytes": peak}
 
@@ -208,6 +224,41 @@ def pre_stage(median: dict[str, float], rows: int) -> float:
     seen = min(rows, max(config.router_minimum, round(config.router_fraction * rows)))
     cost = probed * median["probe"] + seen * (median["features"] + median["autoencoder"])
     return cost / (rows * median["training step"])
+
+
+def operations(shape: str, options: argparse.Namespace) -> dict[str, float]:
+    """Multiplications and additions of all products, in units of 1e12 per sample, on a model without weights.
+
+    In generation they are few but wait for memory, so the share of routing in its time is smaller than in its operations.
+    """
+    with torch.device("meta"):
+        model, _ = build(shape, options.divide)
+    towers = Towers.of(model.requires_grad_(False))
+    vision, decoder = (model.get_submodule(path) for path in (towers.vision, towers.language))
+    config = model.config.vision_config
+    tokens, width = (config.image_size // config.patch_size) ** 2, model.config.text_config.hidden_size
+    pixels = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+
+    def count(run: Callable[[], object]) -> float:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        return counter.get_total_flops() / 1e12
+
+    def read(length: int) -> Callable[[], object]:
+        embedded = torch.empty(1, length, width, device="meta")
+        mask = torch.empty(1, 1, length, length, device="meta")  # ready-made: making one looks at values
+        return lambda: decoder(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+
+    found = {"vision tower": count(lambda: vision(pixels)), "question alone": count(read(options.question))}
+    prompt = count(read(4 + tokens + options.question))
+    found["generation"] = found["vision tower"] + prompt + (options.new_tokens - 1) * count(read(1))
+    return found
+
+
+def routing_share(median: dict[str, float], first: str, times: float) -> float:
+    """Routing over generation, for a sample that is tested so many times."""
+    later = (times - 1) * median["routing, seen before"]
+    return (median[first] + later) / (times * median["generation"])
 
 
 def main() -> None:
@@ -223,12 +274,32 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=4, help="tokens of a training answer")
     parser.add_argument("--new-tokens", type=int, default=8, help="tokens to generate per sample")
     parser.add_argument("--router-samples", type=int, default=512)
+    parser.add_argument("--operations", action="store_true", help="count products instead of measuring time")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time of one thread, where others use the machine"
+    )
+    parser.add_argument("--tasks", type=int, default=9, help="length of the task sequence, for the share over a run")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    found = [measure(shape, options) for shape in options.shapes]
     console = Console(file=sys.stdout)
+    if options.operations:
+        for shape in options.shapes:
+            count = operations(shape, options)
+            console.print(
+                f"{shape}, 1e12 operations per sample: " + ", ".join(f"{k} {v:.3f}" for k, v in count.items())
+            )
+            for batch in (1, options.batch_size):
+                looked = count["vision tower"] + count["question alone"] / batch
+                console.print(
+                    f"routing over generation, a question for every {batch}: {looked / count['generation']:.1%}"
+                )
+        return
+    if options.cpu_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    found = [measure(shape, options, clock) for shape in options.shapes]
     for result in found:
         seconds = result["seconds"]
         median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -244,10 +315,16 @@ def main() -> None:
             table.add_row(name, f"{1000 * median[name]:.2f}", f"{ratio:.3f}", f"{low:.3f}-{high:.3f}")
         console.print(table)
         result["pre_stage"] = {rows: pre_stage(median, rows) for rows in (20_000, 50_000, 150_000)}
-        result["routing_share"] = median["routing"] / median["generation"]
         stages = ", ".join(f"{rows:,} samples {100 * share:.2f} %" for rows, share in result["pre_stage"].items())
         console.print(f"pre-stage cost over one epoch of training: {stages}")
-        console.print(f"routing over generation of {options.new_tokens} tokens: {100 * result['routing_share']:.1f} %")
+        result["routing_share"] = {}
+        for first in ("routing, first time", "routing, first time, one question"):
+            shares = {"once": routing_share(median, first, 1)}
+            shares["a run that tests seen tasks"] = routing_share(median, first, (options.tasks + 1) / 2)
+            shares["a run that tests all tasks"] = routing_share(median, first, options.tasks)
+            result["routing_share"][first] = shares
+            text = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
+            console.print(f"{first}, over generation of {options.new_tokens} tokens ({options.tasks} tasks): {text}")
         if result["peak_memory_bytes"]:
             console.print(f"peak memory {result['peak_memory_bytes'] / 2**30:.1f} GiB")
     if options.json:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from callbacks.base import TaskCallback, require
 from mcit_lightning.module import MCITModule
-from mcit_lightning.probe import gradient_scores
+from mcit_lightning.probe import evaluate_with_checkpointing, gradient_scores, parts
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies import DMoLE
 
@@ -36,19 +37,23 @@ class GradientProbe(TaskCallback):
         began = time.perf_counter()
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         paths = [path for paths in strategy.candidates(module.towers).values() for path in paths]
-        samples = strategy.proxy_samples(stream.train_rows)
+        config, samples = strategy.config, strategy.proxy_samples(stream.train_rows)
         to_device(trainer, module)
-        module.model.train(module.config.backbone.activation_checkpointing)  # which transformers skips in eval mode
-        strategy.scores = gradient_scores(
-            module.towers,
-            paths,
-            batches(trainer, stream.probe_loader(samples)),
-            samples,
-            bias=strategy.config.proxy_bias,
-            offload=strategy.config.proxy_offload,
-            context=trainer.precision_plugin.forward_context,
-            reduce=lambda total: _summed(trainer, total),
-        )
+        evaluate_with_checkpointing(module.model)
+        strategy.scores = {}
+        for part in parts(module.towers, paths, config.proxy_passes):
+            strategy.scores |= gradient_scores(
+                module.towers,
+                part,
+                batches(trainer, stream.probe_loader(samples)),
+                samples,
+                bias=config.proxy_bias,
+                by_batch=config.proxy_loss == "batch",
+                offload=config.proxy_offload,
+                dtype=torch.float32 if config.proxy_accumulate == "float32" else None,
+                context=trainer.precision_plugin.forward_context,
+                reduce=lambda total: _summed(trainer, total, only_zero=config.proxy_ranks == "rank_zero"),
+            )
         module.model.eval()
         cost = module.results.cost_row(stage.name, stage.folder, stage.row)
         cost.proxy_seconds = time.perf_counter() - began
@@ -73,7 +78,9 @@ def batches(trainer: L.Trainer, loader: Any) -> Iterator[Any]:
         yield trainer.strategy.batch_to_device(batch)
 
 
-def _summed(trainer: L.Trainer, total: Tensor) -> Tensor:
+def _summed(trainer: L.Trainer, total: Tensor, only_zero: bool) -> Tensor:
+    if only_zero and not trainer.is_global_zero:
+        total = torch.zeros_like(total)
     summed = trainer.strategy.reduce(total, reduce_op="sum")
     assert isinstance(summed, Tensor)
     return summed

@@ -41,6 +41,11 @@ class RouterSpawn(TaskCallback):
         stream: Any = trainer.datamodule  # type: ignore[attr-defined]
         to_device(trainer, module)
         module.model.eval()
+        if samples < trainer.world_size:
+            raise ValueError(
+                f"callbacks.RouterSpawn: the router of stage {stage.name!r} is made from {samples} samples, fewer than the "
+                f"{trainer.world_size} processes; lower trainer.devices"
+            )
         parts = []
         for batch in batches(trainer, stream.probe_loader(samples)):
             with trainer.precision_plugin.forward_context():

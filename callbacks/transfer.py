@@ -31,7 +31,8 @@ class BackwardTransfer(L.Callback):
     processes each writes its share of the predictions; rank zero joins them and checks that every row was evaluated
     exactly once.
 
-    The module must have `results`, `structure`, `towers` and `eval_seconds`, the data module `stage`, `test_tasks` and `split`.
+    The module must have `results`, `structure`, `towers`, `eval_seconds` and `eval_examined`, the data module `stage`,
+    `test_tasks` and `split`.
 
     Raises:
         RuntimeError: predictions are missing or repeated (on every rank, after rank zero has counted).
@@ -83,6 +84,8 @@ class BackwardTransfer(L.Callback):
             own = max(1, sum(len(rows) for rows in self._rows.values()))
             cost.routing_seconds_per_sample = share["routing"] / own
             cost.generation_seconds_per_sample = share["generation"] / own
+            examined: int = pl_module.eval_examined  # type: ignore[assignment]
+            cost.first_routing_seconds_per_sample = share["first_routing"] / examined if examined else None
             routing = None
             if trainer.is_global_zero:
                 learnt = results.tasks[: stage.row + 1]

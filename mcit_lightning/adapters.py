@@ -11,7 +11,7 @@ Shapes: B batch, S tokens, E branches (gates, to be exact), r rank, d_in and d_o
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -52,6 +52,8 @@ class AdapterLinear(nn.Module):
         self.gates_of: dict[str, int] = {}
         self.gate: Gate = None
         self.enabled = True
+        self._used: tuple[str, ...] | None = None
+        self._owners: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._unmerged: list[nn.Parameter] = []  # the pretrained weight while merged, hidden from `parameters()`
         self._kept: dict[str, Tensor] | None = (
             None  # what `keep` puts together once; plain tensors, not in `state_dict()`
@@ -145,6 +147,26 @@ class AdapterLinear(nn.Module):
                 f"{path}: router {name!r} is for {self.routers[name].shape[0]} branches, there are {branches}"
             )
 
+    def use(self, names: Sequence[str] | None) -> None:
+        """Let only some branches take part, so that a forward costs what these cost, however many there are.
+
+        Decided on the host, once per batch. The gate must then have a column for each of them, in their order, and no other.
+
+        Args:
+            names: of branches with an A of their own; None for all.
+
+        Raises:
+            ValueError: there is no such branch, or trunks are shared.
+        """
+        if names is not None and (unknown := set(names) - set(self.lora_b)):
+            raise ValueError(f"unknown branch {', '.join(sorted(unknown))}; there are {', '.join(self.lora_b)}")
+        if names is not None and len(self.lora_a) != len(self.lora_b):
+            raise ValueError("branches that share a trunk take part together")
+        used = None if names is None else tuple(names)
+        if self._kept is not None and used != self._used:
+            self._kept.clear()
+        self._used = used
+
     @torch.no_grad()
     def merge(self, gate: Tensor | None = None) -> None:
         """Add the branches to the base weight, so that the layer costs what the base costs.
@@ -185,33 +207,51 @@ class AdapterLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
-        if not self.lora_b or self._unmerged or not self.enabled:
+        if not self.lora_b or self._unmerged or not self.enabled or self._used == ():
             return y
-        a, b = list(self.lora_a.values()), list(self.lora_b.values())
+        a, b = self._active()
         gate = self.gate(x) if callable(self.gate) else self.gate  # routers see what dropout leaves out
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a[0].dtype)
-        hidden = linear(self.dropout(x), self._parts("a", a, 0, x.dtype), 0)
+        hidden = linear(self.dropout(x), self._joined("a", a, 0, x.dtype), 0)
         into = y if y.dtype == hidden.dtype else None
         if self._mixes_first(hidden, gate):
             assert isinstance(gate, Tensor)
             out = self._mixed(hidden, b, gate, into)
         else:
-            out = linear(self._gated(hidden, gate), self._parts("b", b, 1, x.dtype), 1, into)
+            out = linear(self._gated(hidden, gate), self._joined("b", b, 1, x.dtype), 1, into)
         return y + out.to(y.dtype) if into is None else out
+
+    def _active(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Trunks and branches that take part."""
+        if self._used is None:
+            return list(self.lora_a.values()), list(self.lora_b.values())
+        return [self.lora_a[self.trunk_of[name]] for name in self._used], [self.lora_b[name] for name in self._used]
 
     def _gated(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         """[..., sum of ranks], what the branches' B read: the trunks' outputs, gated and scaled."""
+        own_trunks = self._own_trunks or self._used is not None
         if gate is None:
             hidden = self.scale * hidden
-            return hidden if self._own_trunks else hidden.index_select(-1, self.trunk_columns)
+            return hidden if own_trunks else hidden.index_select(-1, self.trunk_columns)
         gate = (self.scale * gate).to(hidden.dtype)
         if gate.dim() == 2 and hidden.dim() == 3:
             gate = gate.unsqueeze(1)
-        if self._equal_ranks and (self._own_trunks or len(self.lora_a) == 1):
-            columns = self.num_gates if self._own_trunks else 1
+        if self._equal_ranks and (own_trunks or len(self.lora_a) == 1):
+            columns = gate.shape[-1] if own_trunks else 1
             return (hidden.unflatten(-1, (columns, -1)) * gate.unsqueeze(-1)).flatten(-2)
-        return hidden.index_select(-1, self.trunk_columns) * gate.index_select(-1, self.branch_index)
+        if self._used is None:
+            return hidden.index_select(-1, self.trunk_columns) * gate.index_select(-1, self.branch_index)
+        return hidden * gate.index_select(-1, self._owner())
+
+    def _owner(self) -> Tensor:
+        """[sum of the used ranks], the gate's column that weighs each column of the branches that take part."""
+        assert self._used is not None
+        key = (self._used, self.branch_index.device)
+        if key not in self._owners:
+            owner = [index for index, name in enumerate(self._used) for _ in range(self.lora_b[name].shape[1])]
+            self._owners[key] = torch.tensor(owner, device=self.branch_index.device)
+        return self._owners[key]
 
     def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
         """Whether a sample's branches are summed before the product: they share a trunk and a gate, over enough tokens."""
@@ -234,7 +274,7 @@ class AdapterLinear(nn.Module):
     def _keeps(self) -> bool:
         return self._kept is not None and not torch.is_grad_enabled()
 
-    def _parts(self, name: str, parts: list[nn.Parameter], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    def _joined(self, name: str, parts: list[nn.Parameter], dim: int, dtype: torch.dtype) -> list[Tensor]:
         """The parts, or in `keep` the one tensor that they make."""
         if not self._keeps():
             return [*parts]
@@ -266,6 +306,7 @@ class AdapterLinear(nn.Module):
         owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
         self._equal_ranks = len(set(ranks)) == 1
         self._own_trunks = columns == list(range(start))  # the columns of A_cat are those of B_cat
+        self._used, self._owners = None, {}
         self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
         self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)
 

@@ -8,6 +8,7 @@ Shapes: B samples, T tasks, d features, h hidden units.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,10 +32,12 @@ class Recipe:
     patience: int | None
     """Stop after so many epochs without a lower training loss; None: never."""
     held_out: float
-    """Share of the samples that sets the threshold instead of training."""
+    """Share of the samples that sets the threshold instead of training; 0: those trained on set it."""
     quantile: float
     margin: float
-    """The threshold is this multiple of the held-out errors' quantile."""
+    """The threshold is this multiple of the errors' quantile."""
+    keep: Literal["best", "last"] = "best"
+    """Weights of the epoch of lowest training loss, or of the last."""
 
 
 class AutoencoderBank(nn.Module):
@@ -71,11 +74,8 @@ class AutoencoderBank(nn.Module):
             "b2": (width,),
             "threshold": (),
         }
-        for (
-            name,
-            shape,
-        ) in shapes.items():  # float32 whatever the model's type: thresholds are compared with these errors
-            self.register_buffer(name, torch.empty(0, *shape))
+        for name, shape in shapes.items():  # float32 always: thresholds are compared with errors in float32
+            self.register_buffer(name, torch.empty(0, *shape, dtype=torch.float32))
 
     def add_task(self, task: str, device: torch.device) -> None:
         """Make room for a task's autoencoder; one that is there is left as it is."""
@@ -83,15 +83,24 @@ class AutoencoderBank(nn.Module):
             self.tasks.append(task)
             for name in self.tensors:
                 old: Tensor = getattr(self, name)
-                setattr(self, name, torch.cat([old.to(device), torch.zeros(1, *old.shape[1:], device=device)]))
+                row = torch.zeros(1, *old.shape[1:], device=device, dtype=torch.float32)
+                setattr(self, name, torch.cat([old.to(device), row]))
 
-    def errors(self, features: Tensor) -> Tensor:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoencoderBank":
+        """Follow the model to another device, but not to another type: a `bf16-true` run would round the thresholds."""
+        for name in self.tensors:
+            old: Tensor = getattr(self, name)
+            moved = fn(old)
+            setattr(self, name, moved if moved.dtype == old.dtype else old.to(moved.device))
+        return self
+
+    def errors(self, features: Tensor, tasks: slice = slice(None)) -> Tensor:
         """[B, T], mean squared reconstruction error of each sample under each task, in float32; features [B, d]."""
         with torch.autocast(features.device.type, enabled=False):
             present = ~features.isnan()
-            targets = self._scale(features.float(), present).transpose(0, 1)  # [T, B, d]
-            weights = present.float()
-            return (self._error(targets, weights, self.w1, self.b1, self.w2, self.b2) / weights.sum(1)).T
+            targets, weights = self._scale(features.float(), present, tasks), present.float()
+            network = (self.w1[tasks], self.b1[tasks], self.w2[tasks], self.b2[tasks])
+            return (self._error(targets, weights, *network) / weights.sum(1)).T
 
     def fit(self, task: str, features: Tensor, recipe: Recipe, seed: int) -> dict[str, float]:
         """Train a task's autoencoder and set its threshold.
@@ -100,7 +109,7 @@ class AutoencoderBank(nn.Module):
         the training part are too small.
 
         Args:
-            features: [N, d], N at least 2.
+            features: [N, d], N at least 2; rows without any value are left out.
 
         Returns:
             `train_error` and `held_out_error` (means), `threshold`, and `epochs` done.
@@ -108,26 +117,30 @@ class AutoencoderBank(nn.Module):
         Raises:
             ValueError: there are fewer than two samples.
         """
+        features = features[~features.isnan().all(1)]
         if len(features) < 2:
             raise ValueError(
                 f"the router of task {task!r} needs at least 2 training samples, there are {len(features)}"
             )
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(features), generator=generator).to(features.device)
-        held = max(1, min(len(features) - 1, round(recipe.held_out * len(features))))
+        held = max(1, min(len(features) - 1, round(recipe.held_out * len(features)))) if recipe.held_out else 0
         index = self.tasks.index(task)
         with torch.autocast(features.device.type, enabled=False):
             rest, train = features[order[:held]].float(), features[order[held:]].float()
             self._set_scale(index, train)
             epochs = self._train(index, train, recipe, generator) if self.w1.shape[1] else 0
-            train_error, held_error = (self.errors(part)[:, index] for part in (train, rest))
-            self.threshold[index] = recipe.margin * held_error.quantile(recipe.quantile)
-        return {
-            "train_error": train_error.mean().item(),
-            "held_out_error": held_error.mean().item(),
-            "threshold": self.threshold[index].item(),
-            "epochs": float(epochs),
+            train_error, held_error = (self.errors(part, slice(index, index + 1))[:, 0] for part in (train, rest))
+            known = held_error if held else train_error
+            self.threshold[index] = recipe.margin * known.quantile(recipe.quantile)
+        report = {
+            "train_error": train_error.mean(),
+            "held_out_error": held_error.mean(),
+            "threshold": self.threshold[index],
         }
+        if not held:
+            del report["held_out_error"]
+        return {name: value.item() for name, value in report.items()} | {"epochs": float(epochs)}
 
     def _set_scale(self, index: int, train: Tensor) -> None:
         """Mean and deviation of the task's training features, per dimension, missing values left out."""
@@ -148,10 +161,10 @@ class AutoencoderBank(nn.Module):
         values = features.masked_fill(~present, 0.0)
         return F.normalize(values, dim=-1) if self.scaling == "l2" else values
 
-    def _scale(self, features: Tensor, present: Tensor) -> Tensor:
-        """[B, T, d], what each task's autoencoder is to reconstruct; zero where a value is missing."""
-        values = self._norm(features, present).unsqueeze(1)
-        return ((values - self.mean) / self.deviation) * present.unsqueeze(1)
+    def _scale(self, features: Tensor, present: Tensor, tasks: slice) -> Tensor:
+        """[T, B, d], what each task's autoencoder is to reconstruct; zero where a value is missing."""
+        mean, deviation = self.mean[tasks].unsqueeze(1), self.deviation[tasks].unsqueeze(1)
+        return ((self._norm(features, present) - mean) / deviation) * present
 
     def _error(self, targets: Tensor, weights: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
         """[T, B], squared error summed over the dimensions that a sample has; targets [T, B, d], weights [B, d]."""
@@ -162,10 +175,15 @@ class AutoencoderBank(nn.Module):
         output = output.sigmoid() if self.output == "sigmoid" else output
         return ((output - targets) ** 2 * weights).sum(-1)
 
+    def _mean_error(self, targets: Tensor, weights: Tensor, autoencoder: dict[str, Tensor]) -> Tensor:
+        """[], mean over samples of the error of one autoencoder that is not in the bank; targets and weights [B, d]."""
+        parts = (value.unsqueeze(0) for value in autoencoder.values())
+        return (self._error(targets.unsqueeze(0), weights, *parts)[0] / weights.sum(1)).mean()
+
     def _train(self, index: int, train: Tensor, recipe: Recipe, generator: torch.Generator) -> int:
-        """Adam from a seeded start (as `nn.Linear`); keeps the weights of the lowest training loss. Returns the epochs."""
+        """Adam from a seeded start (as `nn.Linear`); sets the weights and returns the epochs."""
         present = ~train.isnan()
-        targets = self._scale(train, present)[:, index]
+        targets = self._scale(train, present, slice(index, index + 1))[0]
         weights = present.float()
         start = {}
         for name in ("w1", "b1", "w2", "b2"):
@@ -177,24 +195,25 @@ class AutoencoderBank(nn.Module):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs, eta_min=recipe.lr_end)
         best, kept, since, done = math.inf, {name: value.detach().clone() for name, value in start.items()}, 0, 0
         for _ in range(recipe.epochs):
-            loss_sum = 0.0
             with torch.enable_grad():
                 for chosen in torch.randperm(len(targets), generator=generator).split(recipe.batch_size):
                     rows = chosen.to(train.device)
-                    parts = (value.unsqueeze(0) for value in start.values())
-                    error = self._error(targets[rows].unsqueeze(0), weights[rows], *parts)[0] / weights[rows].sum(1)
+                    error = self._mean_error(targets[rows], weights[rows], start)
                     optimizer.zero_grad()
-                    error.mean().backward()
+                    error.backward()
                     optimizer.step()
-                    loss_sum += float(error.detach().sum())
             schedule.step()
             done += 1
-            loss, since = loss_sum / len(targets), since + 1
+            with torch.no_grad():  # of these weights; the mean over the epoch's steps would be that of older ones
+                loss, since = float(self._mean_error(targets, weights, start)), since + 1
+            if recipe.keep == "last":
+                kept = start
+            elif loss < best:
+                kept = {name: value.detach().clone() for name, value in start.items()}
             if loss < best:
                 best, since = loss, 0
-                kept = {name: value.detach().clone() for name, value in start.items()}
             if recipe.patience is not None and since >= recipe.patience:
                 break
         for name, value in kept.items():
-            getattr(self, name)[index] = value
+            getattr(self, name)[index] = value.detach()
         return done

@@ -174,8 +174,11 @@ def _with_parts(composed: Composition) -> list[tuple[Path, dict[str, Any]]]:
 def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConfig:
     _check_keys(content, ExperimentConfig, source, "")
     strategy = content.get("strategy")
-    if isinstance(strategy, dict) and strategy.get("name") not in (None, merged.strategy.get("name")):
-        merged.strategy = {}  # hyper-parameters that a base gave to another strategy
+    if isinstance(strategy, dict):
+        if strategy.get("name") not in (None, merged.strategy.get("name")):
+            merged.strategy = {}  # hyper-parameters that a base gave to another strategy
+        for key in [key for key, value in strategy.items() if isinstance(value, dict)]:
+            merged.strategy.pop(key, None)  # targets replace a base's: a tower that they do not name gets no adapters
     try:
         result = OmegaConf.merge(merged, content)
     except OmegaConfBaseException as error:
@@ -206,8 +209,8 @@ def _override(merged: DictConfig, override: str) -> None:
             )
         key = ".".join([parts[0], task, *parts[2:]])
     try:
-        # a mapping for `strategy` is a new strategy: the hyper-parameters of the old one do not belong to it
-        OmegaConf.update(merged, key, value, merge=key != "strategy")
+        # a mapping for `strategy` or a hyper-parameter is a new one: what the old one held does not belong to it
+        OmegaConf.update(merged, key, value, merge=parts[0] != "strategy")
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
         raise ValueError(f"override {override!r}: {_first_line(error)}") from error
 

@@ -50,7 +50,8 @@ class MCITModule(L.LightningModule):
         self.run_id = run_id
         self.structure = StructureLog()
         self._replayed: set[str] = set()
-        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
+        self.eval_seconds = _no_seconds()
+        self.eval_examined = 0
         self.answer_metrics: dict[str, AnswerMetric] = {}
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
         strategy.seed = config.seed
@@ -207,7 +208,7 @@ class MCITModule(L.LightningModule):
     def on_test_start(self) -> None:
         """Fresh metrics for the tasks that are about to be evaluated."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
+        self.eval_seconds, self.eval_examined = _no_seconds(), 0
         self.answer_metrics = {task: task_metric(self.config.tasks[task]).to(self.device) for task in stream.test_tasks}
 
     def test_step(  # type: ignore[override]
@@ -217,12 +218,15 @@ class MCITModule(L.LightningModule):
         task = batch["task"][0]
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         end_id = stream.train_collator.encoder.end_id
-        began = self._clock()
+        began, examined = self._clock(), self.strategy.samples_examined
         with self.strategy.routing(self.towers, batch, None), self.towers.generating():
             routed_at = self._clock()
             least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
             texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
         self.eval_seconds["routing"] += routed_at - began
+        if examined := self.strategy.samples_examined - examined:
+            self.eval_seconds["first_routing"] += routed_at - began
+            self.eval_examined += examined
         self.eval_seconds["generation"] += self._clock() - routed_at
         metric, routed = self.answer_metrics[task], self.strategy.routed_to()
         metric.update(texts, batch["reference"], batch["extra"])
@@ -312,3 +316,7 @@ class MCITModule(L.LightningModule):
 
     def _in_projector(self, name: str) -> bool:
         return self.towers.tower_of(name) == "projector"
+
+
+def _no_seconds() -> dict[str, float]:
+    return {"routing": 0.0, "first_routing": 0.0, "generation": 0.0}

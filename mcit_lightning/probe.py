@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mcit_lightning.loss import Batch, sample_losses
+from mcit_lightning.loss import Batch, answer_loss, sample_losses
 from mcit_lightning.towers import Towers
 
 
@@ -22,21 +22,26 @@ def gradient_scores(
     samples: int,
     *,
     bias: bool = False,
+    by_batch: bool = False,
     offload: bool = False,
+    dtype: torch.dtype | None = torch.float32,
     context: Callable[[], AbstractContextManager[object]] = torch.enable_grad,
     reduce: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> dict[str, float]:
     """Gradient norms of linears of the pretrained model (adapters are left out, nothing is changed).
 
     A weight's gradient is added up in float32 as soon as it arrives and then freed, so the extra memory is one float32 copy of
-    the candidates plus a single gradient, however many other parameters the model has. Samples are weighted alike whatever
-    batch or process they are in, so the result does not depend on either, up to rounding.
+    the given candidates plus a single gradient, however many other parameters the model has; a norm of a mean needs the sum.
+    `parts` splits the candidates for less memory. Samples are weighted alike whatever batch or process they are in, so the
+    result does not depend on either, up to rounding.
 
     Args:
         paths: modules to score, adapted or not.
         batches: this process's share of the sample, on the model's device.
         samples: |S|, over all processes.
         bias: add the norm of the bias' gradient where a module has one (the released code).
+        by_batch: average over the tokens of a batch instead of over each sample's; scores then depend on the batches.
+        dtype: type of the sums; None is the gradient's own, in which small ones are lost.
         offload: keep the sums in host memory, if the device has no room for them; costs a copy per gradient.
         context: what the forward runs in, for example the precision's autocast.
         reduce: sums a tensor over the processes.
@@ -58,11 +63,14 @@ def gradient_scores(
             parameter.requires_grad_(False)
         for key, parameter in parameters.items():
             parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_collect(sums, key, offload)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(_collect(sums, key, offload, dtype)))
         with towers.pretrained():
             for batch in batches:
                 with context():
-                    loss = sample_losses(towers.model, batch).sum() / samples
+                    if by_batch:
+                        loss = answer_loss(towers.model, batch).loss * (len(batch["id"]) / samples)
+                    else:
+                        loss = sample_losses(towers.model, batch).sum() / samples
                 if loss.requires_grad:
                     loss.backward()
     finally:
@@ -81,12 +89,36 @@ def gradient_scores(
     return scores
 
 
-def _collect(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], offload: bool) -> Callable[[Tensor], None]:
+def evaluate_with_checkpointing(model: nn.Module) -> None:
+    """Evaluation mode, so that dropout does not make scores random, but for the modules that checkpoint activations.
+
+    transformers recomputes them in training mode only. Their own `eval()` ends this.
+    """
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+
+
+def parts(towers: Towers, paths: Sequence[str], count: int) -> list[list[str]]:
+    """The paths in at most `count` runs of about as many weights, in their order."""
+    sizes = [towers.model.get_submodule(path).weight.numel() for path in paths]  # type: ignore[operator]
+    found: list[list[str]] = [[] for _ in range(count)]
+    before = 0
+    for path, size in zip(paths, sizes, strict=True):
+        found[min(count - 1, (2 * before + size) * count // (2 * sum(sizes)))].append(path)
+        before += size
+    return [part for part in found if part]
+
+
+def _collect(
+    sums: dict[tuple[str, str], Tensor], key: tuple[str, str], offload: bool, dtype: torch.dtype | None
+) -> Callable[[Tensor], None]:
     """A hook that moves a parameter's gradient into the sums."""
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.to("cpu" if offload else parameter.device, torch.float32)
+        gradient = parameter.grad.to("cpu" if offload else parameter.device, dtype or parameter.dtype)
         parameter.grad = None
         if key in sums:
             sums[key] += gradient

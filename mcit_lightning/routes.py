@@ -33,20 +33,20 @@ def best_under_threshold(errors: Tensor, threshold: Tensor, top_k: int) -> Tenso
     return torch.zeros_like(errors).scatter(1, order, 1.0) * known
 
 
-def vote(errors: Tensor, threshold: Tensor, share: float) -> Tensor:
-    """[B, T] in {0, 1}, the same row for the whole batch: the task with most votes, and a second one with enough of them.
+def vote(votes: Tensor, share: float) -> Tensor:
+    """[T] in {0, 1}, for a whole batch: the task with most votes, and a second one with enough of them.
 
-    As in the released code of D-MoLE: each sample votes for its best task under the thresholds, if it has one. The result depends
-    on the batch.
+    As in the released code of D-MoLE, where each sample votes for its best task under the thresholds, if it has one. The result
+    depends on the batch.
 
     Args:
+        votes: [T], how many samples voted for each task.
         share: of the votes given, which the second task needs.
     """
-    votes = best_under_threshold(errors, threshold, 1).sum(0)
     order = votes.argsort(descending=True, stable=True)
     chosen = torch.zeros_like(votes)
     chosen[order[0]] = (votes[order[0]] > 0).to(votes.dtype)
     if len(order) > 1:
         enough = (votes[order[1]] > 0) & (votes[order[1]] >= share * votes.sum())
         chosen[order[1]] = enough.to(votes.dtype)
-    return chosen.expand(len(errors), -1)
+    return chosen

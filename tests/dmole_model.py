@@ -1,5 +1,7 @@
 """D-MoLE on the tiny model without a Trainer, and evaluation batches that can be cut and joined."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,13 +10,28 @@ from torch import Tensor
 from mcit_lightning.backbone import load_backbone
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
+from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.module import MCITModule
 from mcit_lightning.stages import sequential_stages
 from mcit_lightning.strategies import DMoLE
 from mcit_lightning.validation import build_strategy
 
+Make = Callable[..., ExperimentConfig]
+"""Options of the strategy -> the configuration."""
+
 TASKS = ["colours", "shapes", "counts"]
 STAGES = sequential_stages(TASKS)
+
+
+def experiments_in(smoke_root: Path) -> Make:
+    """`make("router: oracle", ...)`: the smoke experiment with these options."""
+
+    def make(*strategy: str) -> ExperimentConfig:
+        node = ", ".join(("name: dmole", "rank: 4", "alpha: 8", "dropout: 0.0", *strategy))
+        overrides = [f"data.root={smoke_root}", "prepare=null", f"strategy={{{node}}}"]
+        return load_config(experiments_dir() / "dmole_smoke.yaml", overrides)
+
+    return make
 
 
 def new_module(config: ExperimentConfig) -> tuple[MCITModule, DMoLE, ContinualDataModule]:

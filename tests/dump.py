@@ -6,10 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """Of names and bytes."""
+    found = hashlib.sha256()
+    for key in sorted(state):
+        found.update(key.encode() + state[key].cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 class DumpRank(L.Callback):
-    """Writes `rank<r>_<stage>.json` into a folder: digest of every saved weight, structure log, evaluated rows.
+    """Writes `rank<r>_<stage>.json` into a folder: digests of the saved and of all other weights, structure log, evaluated rows.
 
     Args:
         folder: where to.
@@ -19,15 +28,13 @@ class DumpRank(L.Callback):
         self.folder = Path(folder)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        state = pl_module.state_dict()
-        digest = hashlib.sha256()
-        for key in sorted(pl_module.saved_keys()):
-            digest.update(key.encode() + state[key].cpu().numpy().tobytes())
-        self._write(
-            trainer,
-            f"{pl_module.stage.name}",
-            {"weights": digest.hexdigest(), "structure": pl_module.structure.to_list()},
-        )
+        state, saved = pl_module.state_dict(), pl_module.saved_keys()
+        content = {
+            "weights": digest({key: state[key] for key in saved}),
+            "base": digest({key.replace(".base.", "."): state[key] for key in set(state) - saved}),
+            "structure": pl_module.structure.to_list(),
+        }
+        self._write(trainer, f"{pl_module.stage.name}", content)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         counts = {task: float(metric.count) for task, metric in pl_module.answer_metrics.items()}

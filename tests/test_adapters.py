@@ -49,6 +49,23 @@ def test_branches_of_different_rank() -> None:
     torch.testing.assert_close(module(x), loop(module, x, gate[:, None]))
 
 
+def test_only_the_branches_in_use_are_computed() -> None:
+    module, x = layer(3), torch.randn(4, 7, 6)
+    gate = torch.rand(4, 3)
+    gate[:, 1] = 0.0
+    expected = loop(module, x, gate[:, None])
+    module.lora_a["b1"].data.fill_(torch.nan)  # would show
+    module.use(["b0", "b2"])
+    module.gate = gate[:, [0, 2]]
+    torch.testing.assert_close(module(x), expected)
+    module.use([])
+    assert torch.equal(module(x), module.base(x))
+    with pytest.raises(ValueError, match="unknown branch b9; there are b0, b1, b2"):
+        module.use(["b9"])
+    with pytest.raises(ValueError, match="share a trunk"):
+        layer(3, shared=True).use(["b0"])
+
+
 def test_a_gate_may_be_computed_from_the_input() -> None:
     module, x = layer(3), torch.randn(4, 7, 6)
     module.gate = lambda h: h[..., :3].softmax(-1)

@@ -133,9 +133,12 @@ def test_the_two_best_under_their_thresholds() -> None:
 
 
 def test_votes_decide_for_the_whole_batch() -> None:
-    assert vote(ERRORS, THRESHOLD, 0.3).tolist() == [[1, 1, 0]] * 4  # one vote each: the first two
-    assert vote(ERRORS, THRESHOLD, 0.4).tolist() == [[1, 0, 0]] * 4  # a third is not enough
-    assert vote(ERRORS[2:3], THRESHOLD, 0.3).tolist() == [[0, 0, 0]]
+    votes = best_under_threshold(ERRORS, THRESHOLD, 1).sum(0)
+    assert votes.tolist() == [1, 1, 1]
+    assert vote(votes, 0.3).tolist() == [1, 1, 0]  # a vote each: the first two
+    assert vote(votes, 0.4).tolist() == [1, 0, 0]  # a third is not enough
+    assert vote(torch.tensor([2.0, 1.0, 5.0]), 0.3).tolist() == [0, 0, 1]
+    assert vote(torch.zeros(3), 0.0).tolist() == [0, 0, 0]
 
 
 def test_beams_repeat_the_gate_of_their_sample() -> None:

@@ -143,3 +143,18 @@ def test_a_strategy_of_the_users_own_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_hyper_parameters_of_a_bases_other_strategy_are_left_behind(tmp_path: Path) -> None:
     path = write(tmp_path, "x.yaml", f"base: {SMOKE}\nname: x\nstrategy: {{name: moelora, rank: 8}}\n")
     assert load_config(path).strategy == {"name": "moelora", "rank": 8}
+
+
+def test_a_mapping_under_strategy_replaces_the_one_before_it(tmp_path: Path) -> None:
+    """Else `targets={language: [...]}`, an ablation, would keep the other tower's adapters."""
+    targets = {"language": ["all-linear"]}
+    config = load_config(experiments_dir() / "dmole_quickstart.yaml", ["strategy.targets={language: [all-linear]}"])
+    assert config.strategy["targets"] == targets and config.strategy["rank"] == 16
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        f"base: {experiments_dir() / 'dmole_quickstart.yaml'}\nstrategy: {{targets: {{language: [all-linear]}}}}\n"
+    )
+    config = load_config(file)
+    assert config.strategy["targets"] == targets and config.strategy["rank"] == 16
+    nested = load_config(experiments_dir() / "dmole_quickstart.yaml", ["tasks.flags={epochs: 2}"])
+    assert nested.tasks["flags"].epochs == 2 and nested.tasks["flags"].train == "flags/train.json"

@@ -1,33 +1,23 @@
 """D-MoLE on a tiny model: what a sample is given, and that nothing else in its batch matters."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dmole_model import evaluation_batches, learn, logits, merge, new_module, routed_logits, rows
+from dmole_model import Make, evaluation_batches, experiments_in, learn, logits, merge, new_module, routed_logits, rows
 from torch import Tensor
 
-from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.collate import EvalCollator
 from mcit_lightning.features import sequence_features
 from mcit_lightning.generation import generate_answers
-from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.loss import answer_loss
-
-Make = Callable[..., ExperimentConfig]
 
 
 @pytest.fixture
 def experiment(smoke_root: Path) -> Make:
-    def make(*strategy: str) -> ExperimentConfig:
-        node = ", ".join(("name: dmole", "rank: 4", "alpha: 8", "dropout: 0.0", *strategy))
-        overrides = [f"data.root={smoke_root}", "prepare=null", f"strategy={{{node}}}"]
-        return load_config(experiments_dir() / "dmole_smoke.yaml", overrides)
-
-    return make
+    return experiments_in(smoke_root)
 
 
 def test_without_active_experts_the_logits_are_the_base_models(experiment: Make) -> None:
@@ -210,3 +200,15 @@ def test_features_of_test_samples_are_computed_once_per_run(
         assert torch.equal(routed_logits(module, batch), expected)
     assert strategy.routed_to() == routes
     assert len(calls) == (len(batches) if size else 2 * len(batches))
+
+
+def test_only_experts_that_a_batch_uses_are_computed(experiment: Make) -> None:
+    module, strategy, stream = learn(experiment("vision_floor: 0.25"), 3)
+    batch = evaluation_batches(stream)[0]
+    expected = routed_logits(module, batch)
+    used = {task for row in strategy.routed_to() or [] for task in row}
+    assert used and used != set(strategy.tasks), "the batch must leave an expert unused, else this shows nothing"
+    for layer in module.towers.adapters.values():
+        for name in set(layer.lora_b) - used:
+            layer.lora_b[name].data.fill_(torch.nan)
+    assert torch.equal(routed_logits(module, batch), expected)

@@ -1,29 +1,19 @@
 """D-MoLE on a tiny model: what the probe measures and what is allocated by it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from dmole_model import STAGES, learn, new_module
+from dmole_model import STAGES, Make, experiments_in, learn, new_module
 
 from mcit_lightning.backbone import load_backbone
-from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.loading import experiments_dir, load_config
 from mcit_lightning.loss import answer_loss, sample_losses
 from mcit_lightning.probe import gradient_scores
-
-Make = Callable[..., ExperimentConfig]
 
 
 @pytest.fixture
 def experiment(smoke_root: Path) -> Make:
-    def make(*strategy: str) -> ExperimentConfig:
-        node = ", ".join(("name: dmole", "rank: 4", "alpha: 8", "dropout: 0.0", *strategy))
-        overrides = [f"data.root={smoke_root}", "prepare=null", f"strategy={{{node}}}"]
-        return load_config(experiments_dir() / "dmole_smoke.yaml", overrides)
-
-    return make
+    return experiments_in(smoke_root)
 
 
 # ------------------------------------------------------------------------------------------------------------- allocation
@@ -151,7 +141,7 @@ def test_the_loss_of_a_sample_is_its_own(experiment: Make) -> None:
         ("router_minimum: 1", "router_minimum: is 1, must be at least 2"),
         ("router: softmax", "router"),
         ("targets: {audio: [q_proj]}", "unknown tower audio"),
-        ("allocation: uniform, budget_parameters: 100", "budget_parameters: uniform allocation"),
+        ("allocation: uniform, budget_parameters: 100", "budget_parameters: is 100, which has no effect: uniform"),
         ("router: oracle, route_scope: batch_vote", "route_scope: the oracle"),
     ],
 )

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from dump import digest
 from smoke_runs import assert_same_run, curves, predictions
 from torch import Tensor
 
+from mcit_lightning.backbone import load_backbone
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.loading import experiments_dir, load_config
@@ -28,7 +30,7 @@ Make = Callable[..., ExperimentConfig]
 
 
 @pytest.fixture
-def experiment(smoke_root: Path) -> Make:
+def experiment(smoke_root: Path, tmp_path: Path) -> Make:
     def make(out: Path, *overrides: str, strategy: str = "") -> ExperimentConfig:
         fixed = (
             f"data.root={smoke_root}",
@@ -37,7 +39,8 @@ def experiment(smoke_root: Path) -> Make:
             f"strategy={{{STRATEGY}{strategy}}}",
             "trainer.accelerator=cpu",
             "trainer.enable_progress_bar=false",
-            f"callbacks=[{BOUNDARIES}, {{_target_: kill.KillAt}}, {{_target_: callbacks.StageCheckpoint, every_n_steps: 1}}]",
+            f"callbacks=[{BOUNDARIES}, {{_target_: kill.KillAt}}, {{_target_: dump.DumpRank, folder: {tmp_path / 'dump'}}},"
+            " {_target_: callbacks.StageCheckpoint, every_n_steps: 1}]",
         )
         return load_config(experiments_dir() / "dmole_smoke.yaml", [*fixed, *SMALL, *overrides])
 
@@ -69,6 +72,14 @@ def test_earlier_experts_and_routers_stay_bit_identical_and_the_plan_is_in_every
         states.append(state)
 
 
+def test_the_base_stays_bit_identical(experiment: Make, whole: Path, tmp_path: Path) -> None:
+    """All that is not an expert or an autoencoder, projector, norms and embeddings included."""
+    model = load_backbone(experiment(whole).backbone).model
+    pretrained = digest({f"model.{name}": value for name, value in model.state_dict().items()})
+    for task in TASKS:
+        assert json.loads((tmp_path / f"dump/rank0_{task}.json").read_text())["base"] == pretrained
+
+
 def test_budget_ratio_and_cost_are_reported(whole: Path) -> None:
     results = Results.load(whole)
     assert list(results.allocation) == TASKS and results.routing is not None
@@ -78,10 +89,27 @@ def test_budget_ratio_and_cost_are_reported(whole: Path) -> None:
         assert decided["budget"]["vision"] >= 2 and abs(sum(decided["ratios"].values()) - 1) < 1e-9
         assert len(decided["scores"]) == 16
         assert row.proxy_seconds and row.router_seconds and row.routing_seconds_per_sample
+        assert row.first_routing_seconds_per_sample  # of the new task; the others are remembered
     tags = {name.partition(":")[2]: points for name, points in curves(whole).items()}
     assert [step for step, _ in tags["curriculum/vision"]] == [0, 3, 9]  # the first step of each stage
     shares = [value for _, value in tags["curriculum/vision"]]
     assert shares == pytest.approx([results.allocation[task]["ratios"]["vision"] for task in TASKS], rel=1e-5)
+
+
+def test_unseen_tasks_are_judged_too_and_the_probe_may_take_several_passes(
+    experiment: Make, whole: Path, tmp_path: Path
+) -> None:
+    run(experiment(tmp_path / "run", "evaluate=all", strategy=", proxy_passes: 2"))
+    results, once = Results.load(tmp_path / "run"), Results.load(whole)
+    assert results.routing is not None
+    assert {stage: list(rates) for stage, rates in results.routing["rejected_per_stage"].items()} == dict.fromkeys(
+        TASKS, TASKS
+    )
+    for task in TASKS:
+        assert results.allocation[task]["ranks"] == once.allocation[task]["ranks"]
+        assert results.allocation[task]["scores"] == pytest.approx(once.allocation[task]["scores"], rel=1e-4, abs=1e-7)
+    first = [row.first_routing_seconds_per_sample for row in results.cost]
+    assert first[0] and first[1:] == [None, None]  # every sample was looked at after the first stage
 
 
 @pytest.mark.parametrize("co_expert", ["none", "best"])

@@ -23,6 +23,7 @@ from mcit_lightning.runner import run
 FAMILY = {
     "dmole_llava7b": "llava",
     "dmole_internvl2b": "internvl",
+    "dmole_internvl2b_released": "internvl",
     "branchlora_llava7b": "llava",
     "moelora_llava7b": "llava",
     "sequential_llava7b": "llava",
@@ -30,6 +31,7 @@ FAMILY = {
 TASKS = {
     "dmole_llava7b": ("skvg", "iconqa"),
     "dmole_internvl2b": ("ocrvqa", "vizwiz"),
+    "dmole_internvl2b_released": ("ocrvqa", "vizwiz"),
     "branchlora_llava7b": ("scienceqa", "grounding"),
     "moelora_llava7b": ("gqa", "ocrvqa"),
     "sequential_llava7b": ("imagenet", "textvqa"),
@@ -141,7 +143,7 @@ def test_the_batch_was_learnt_from(name: str, done: Callable[[str], Done]) -> No
         }
 
 
-@pytest.mark.parametrize("name", ["dmole_llava7b", "dmole_internvl2b"])
+@pytest.mark.parametrize("name", ["dmole_llava7b", "dmole_internvl2b", "dmole_internvl2b_released"])
 def test_dmole_probes_splits_allocates_and_routes(name: str, done: Callable[[str], Done]) -> None:
     _, root, results = done(name)
     candidates = ATTENTION * (LAYERS + VISION_LAYERS[FAMILY[name]])

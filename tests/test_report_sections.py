@@ -90,12 +90,17 @@ def test_cost_has_a_column_where_any_stage_has_a_value(tmp_path: Path) -> None:
     first.proxy_seconds, second.router_seconds = 34.2, 0.05
     first.routing_seconds_per_sample = second.routing_seconds_per_sample = 0.025
     first.generation_seconds_per_sample, second.generation_seconds_per_sample = 0.075, None
+    first.first_routing_seconds_per_sample, first.train_seconds = 0.3, 1000.0
     html = section_of(results, tmp_path, "Cost")  # there is no router whose time would mean something
     assert "Routing per sample" not in html and "Generation per sample" in html
     html = section_of(routed(results), tmp_path, "Cost")
     _, training, evaluation = re.split(r"<h3>[^<]*</h3>", html)
-    assert [(row["Probe"], row["Router"]) for row in rows_of(training)] == [("34.2 s", "–"), ("–", "50 ms")]
+    assert [(row["Probe"], row["Router"]) for row in rows_of(training)] == [
+        ("34.2 s (3.4 %)", "–"),
+        ("–", "50 ms (0.5 %)"),
+    ]
     assert [row["Routing per sample"] for row in rows_of(evaluation)] == ["25 ms (25 %)", "25 ms"]
+    assert [row["First time"] for row in rows_of(evaluation)] == ["0.3 s (80 %)", "–"]
     assert [row["Generation per sample"] for row in rows_of(evaluation)] == ["75 ms", "–"]
 
 

@@ -84,7 +84,8 @@ class Tiny(LightningModule):
         self.knows = ""
         self.scores = {}
         self.routes = None
-        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
+        self.eval_seconds = {"routing": 0.0, "first_routing": 0.0, "generation": 0.0}
+        self.eval_examined = 0
         self.structure = StructureLog()
         self.towers = SimpleNamespace(adapters={}, tower_of=lambda path: "language")
 
@@ -103,7 +104,8 @@ class Tiny(LightningModule):
 
     def on_test_start(self):
         self.scores = {}
-        self.eval_seconds = {"routing": 0.0, "generation": 0.0}
+        self.eval_seconds = {"routing": 0.0, "first_routing": 0.0, "generation": 0.0}
+        self.eval_examined = 0
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         rows = []
@@ -123,6 +125,9 @@ class Tiny(LightningModule):
             )
         self.eval_seconds["routing"] += 0.5 * len(rows)
         self.eval_seconds["generation"] += 2.0 * len(rows)
+        if self.knows == TASKS[0]:
+            self.eval_seconds["first_routing"] += 0.75 * len(rows)
+            self.eval_examined += len(rows)
         return rows[::-1]
 
     def on_test_epoch_end(self):
@@ -174,6 +179,7 @@ def test_a_whole_run(parts, capsys):
         assert cost.train_seconds > 0 and cost.eval_seconds > 0 and cost.peak_memory_bytes > 2**20
         assert cost.train_samples_per_second == pytest.approx(10 / cost.train_seconds)
         assert (cost.routing_seconds_per_sample, cost.generation_seconds_per_sample) == (0.5, 2.0)
+        assert cost.first_routing_seconds_per_sample == (0.75 if cost.stage == TASKS[0] else None)
         assert cost.eval_samples_per_second == pytest.approx(5 * (row + 1) / cost.eval_seconds)
 
     files = {

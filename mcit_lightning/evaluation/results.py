@@ -37,7 +37,9 @@ class CostRow:
     eval_seconds: float | None = None
     eval_samples_per_second: float | None = None
     routing_seconds_per_sample: float | None = None
-    """Time to decide where an evaluated sample is routed; on several ranks, of rank zero."""
+    """Time to decide where an evaluated sample is routed, over all that were; on several ranks, of rank zero."""
+    first_routing_seconds_per_sample: float | None = None
+    """The same, over those whose features had to be computed: it remembers a sample that it has seen. None if it knew all."""
     generation_seconds_per_sample: float | None = None
     """Time to generate its answer, routing left out."""
     peak_memory_bytes: int | None = None

@@ -38,6 +38,8 @@ class ContinualStrategy(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.samples_examined = 0
+        """Evaluated samples that a router had to look at in this process; one that it remembers is not counted again."""
         self.seed = 0  # the module sets the experiment's seed; new adapters draw their initial values from it
 
     @classmethod

@@ -1,14 +1,12 @@
 """D-MoLE (Ge et al., ICML 2025): LoRA experts where a task's gradients are largest, and an autoencoder per task as router."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mcit_lightning.adapters import AdapterLinear
-from mcit_lightning.allocation import by_layer, difficulty, fill, natural, ranked, shares, shuffled, split_budget
 from mcit_lightning.autoencoder import AutoencoderBank, Recipe
 from mcit_lightning.features import feature_width, sequence_features
 from mcit_lightning.loss import Batch
@@ -16,9 +14,10 @@ from mcit_lightning.plans import TaskPlan
 from mcit_lightning.routes import SampleGate, best_under_threshold, vote
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES, ContinualStrategy
+from mcit_lightning.strategies.dmole_allocator import ExpertAllocator
 from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.tiles import tile_owners
-from mcit_lightning.towers import Towers, find_targets
+from mcit_lightning.towers import Towers
 
 
 @STRATEGIES.register("dmole")
@@ -50,12 +49,12 @@ class DMoLE(ContinualStrategy):
         self._helpers: dict[tuple[str, bool, int], int] = {}
         self._tested: dict[tuple[str, int], Tensor] = {}
         self._active: Tensor | None = None
-        self._errors: Tensor | None = None
+        self._preference: Tensor | None = None
 
     def required_callbacks(self) -> tuple[str, ...]:
         """What measures, splits, allocates and makes the router."""
         needed = ["GradientProbe"] if self.needs_scores else []
-        if self.config.curriculum and len(self.config.targets) > 1 and self.config.allocation != "uniform":
+        if self.config.splits_by_difficulty:
             needed.append("CurriculumRatio")
         needed.append("BudgetReallocation")
         return (*needed, "RouterSpawn") if self.needs_router else tuple(needed)
@@ -63,28 +62,27 @@ class DMoLE(ContinualStrategy):
     @property
     def needs_scores(self) -> bool:
         """Whether any decision depends on the gradients."""
-        if self.config.allocation == "uniform":
-            return False
-        return self.config.allocation == "proxy" or (self.config.curriculum and len(self.config.targets) > 1)
+        return self.config.needs_scores
 
     @property
     def needs_router(self) -> bool:
         """Whether autoencoders or centroids are asked at evaluation or for the co-expert."""
-        return self.config.router != "oracle" or self.config.co_expert != "none"
+        return self.config.needs_router
 
     # -------------------------------------------------------------------------------------------- allocation (section 4.1, 4.2)
 
+    @property
+    def allocator(self) -> ExpertAllocator:
+        """Where experts go."""
+        return ExpertAllocator(self.config, self.seed)
+
     def check(self, towers: Towers, stages: list[Stage]) -> None:
-        """Look for the targets."""
-        self.candidates(towers)
+        """Look for the targets, and whether the budget pays for an expert. Raises as `ExpertAllocator.check`."""
+        self.allocator.check(towers)
 
     def candidates(self, towers: Towers) -> dict[str, list[str]]:
         """Tower -> paths of the linears that may get experts."""
-        return {
-            tower: sorted(find_targets(towers, {tower: suffixes}), key=natural)
-            for tower, suffixes in self.config.targets.items()
-            if suffixes
-        }
+        return self.allocator.candidates(towers)
 
     def proxy_samples(self, rows: int) -> int:
         """|S| for a task with so many training samples."""
@@ -93,101 +91,11 @@ class DMoLE(ContinualStrategy):
     def difficulties(self, towers: Towers) -> dict[str, float]:
         """Tower -> difficulty of the modality in the current stage (Eq. 13)."""
         assert self.scores is not None
-        candidates = self.candidates(towers)
-        own = {tower: {path: self.scores[path] for path in paths} for tower, paths in candidates.items()}
-        return difficulty(own, self.config.difficulty)
+        return self.allocator.difficulties(towers, self.scores)
 
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
         """Experts for the stage: the best candidates of each tower under its share of the budget."""
-        candidates = self.candidates(towers)
-        config = self.config
-        if config.allocation == "uniform":
-            rank = max(1, round(config.budget * config.rank))
-            chosen = {tower: dict.fromkeys(paths, rank) for tower, paths in candidates.items()}
-            ratios = shares({tower: float(len(paths)) for tower, paths in candidates.items()})
-        else:
-            ratios = self.ratios or shares({tower: float(len(paths)) for tower, paths in candidates.items()})
-            chosen = {
-                tower: dict.fromkeys(paths, config.rank)
-                for tower, paths in self._choose(candidates, ratios, towers, stage).items()
-            }
-        extra = {
-            "budget": {tower: len(paths) for tower, paths in chosen.items()},
-            "difficulty": self.difficulties(towers) if self.scores else {},
-            "scores": {path: self.scores[path] for paths in candidates.values() for path in paths}
-            if self.scores
-            else {},
-        }
-        ranks = {path: rank for tower in candidates for path, rank in chosen[tower].items()}
-        return TaskPlan(stage.name, ranks=ranks, ratios=ratios, extra=extra)
-
-    def _choose(
-        self, candidates: Mapping[str, list[str]], ratios: Mapping[str, float], towers: Towers, stage: Stage
-    ) -> dict[str, list[str]]:
-        """Tower -> modules that get an expert, in the model's order."""
-        config = self.config
-        units = self._units(candidates)
-        budget = max(1, int(config.budget * sum(len(own) for own in units.values()) + 0.5))
-        if (
-            self.scores is not None
-        ):  # a linear that the loss does not reach (behind the layer that LLaVA reads) is of no use
-            reached = {path for path, score in self.scores.items() if score > 0}
-            units = self._units({tower: [p for p in paths if p in reached] for tower, paths in candidates.items()})
-        capacity = {tower: len(own) for tower, own in units.items()}
-        if not any(capacity.values()):
-            raise ValueError(
-                f"strategy: no gradient reaches a candidate in stage {stage.name!r}; check strategy.targets"
-            )
-        orders = {tower: self._order(tower, own, stage) for tower, own in units.items()}
-        if config.budget_parameters is None:
-            counts = split_budget(min(budget, sum(capacity.values())), ratios, capacity, config.vision_floor)
-            picked = {tower: orders[tower][: counts[tower]] for tower in units}
-        else:
-            picked = self._fill(units, orders, ratios, towers)
-        return {
-            tower: sorted((path for unit in chosen for path in units[tower][unit]), key=natural)
-            for tower, chosen in picked.items()
-        }
-
-    def _units(self, candidates: Mapping[str, list[str]]) -> dict[str, dict[str, list[str]]]:
-        """Tower -> unit -> the modules that it stands for."""
-        if self.config.unit == "module":
-            return {tower: {path: [path] for path in paths} for tower, paths in candidates.items()}
-        return {
-            tower: {layer: list(own) for layer, own in by_layer(dict.fromkeys(paths, 0.0)).items()}
-            for tower, paths in candidates.items()
-        }
-
-    def _order(self, tower: str, units: Mapping[str, list[str]], stage: Stage) -> list[str]:
-        """A tower's units, those to take first in front."""
-        if self.config.allocation == "random":
-            return shuffled(list(units), f"{self.seed}/{stage.index}/{tower}")
-        assert self.scores is not None, "callbacks.GradientProbe runs before the plan"
-        scores = self.scores
-        return ranked({unit: sum(scores[path] ** 2 for path in paths) ** 0.5 for unit, paths in units.items()})
-
-    def _fill(
-        self,
-        units: Mapping[str, Mapping[str, list[str]]],
-        orders: Mapping[str, list[str]],
-        ratios: Mapping[str, float],
-        towers: Towers,
-    ) -> dict[str, list[str]]:
-        """The best units of each tower whose parameters fit into its share of `budget_parameters`."""
-        assert self.config.budget_parameters is not None
-        sizes = {
-            tower: {unit: sum(self._expert_size(towers, path) for path in paths) for unit, paths in own.items()}
-            for tower, own in units.items()
-        }
-        capacity = {tower: sum(own.values()) for tower, own in sizes.items()}
-        total = min(self.config.budget_parameters, sum(capacity.values()))
-        room = split_budget(total, ratios, capacity, self.config.vision_floor)
-        return {tower: fill(orders[tower], sizes[tower], room[tower]) for tower in units}
-
-    def _expert_size(self, towers: Towers, path: str) -> int:
-        layer = towers.model.get_submodule(path)
-        assert isinstance(layer, nn.Linear | AdapterLinear)
-        return self.config.rank * (layer.in_features + layer.out_features)
+        return self.allocator.plan(stage, towers, self.scores, self.ratios)
 
     def grow(self, towers: Towers, plan: TaskPlan) -> None:
         """The planned experts, and room for the task's autoencoder."""
@@ -195,9 +103,12 @@ class DMoLE(ContinualStrategy):
         if plan.stage not in self.tasks:
             self.tasks.append(plan.stage)
         self._helpers.clear()
+        half = config.expert_dtype == "bfloat16_after_first" and plan.stage != self.tasks[0]
         for path, rank in plan.ranks.items():
             layer = towers.attach(path, scale=config.alpha / config.rank, dropout=config.dropout)
             layer.add_branch(plan.stage, rank, seed=self.seed, path=path)
+            for table in (layer.lora_a, layer.lora_b) if half else ():
+                table[plan.stage] = nn.Parameter(table[plan.stage].detach().bfloat16())
             layer.gate = layer.gate if isinstance(layer.gate, SampleGate) else SampleGate()
         if self.needs_router:
             if self.bank is None:
@@ -234,28 +145,34 @@ class DMoLE(ContinualStrategy):
             lr_end=config.router_lr_end or config.router_lr,
             batch_size=config.router_batch_size,
             patience=config.router_patience,
-            held_out=config.router_held_out,
+            keep=config.router_keep,
+            held_out=config.router_held_out if config.threshold_from == "held_out" else 0.0,
             quantile=config.quantile,
             margin=config.margin,
         )
         return self.bank.fit(stage.name, features, recipe, seed=self.seed + stage.index)
 
     def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
-        """Decide each sample's experts and give every gate its rows of that decision."""
-        self._active = self._errors = None
+        """Decide each sample's experts and give every gate its rows of that decision. Raises as `tile_owners`."""
+        self._active = self._preference = None
         if towers.adapters:
             active = self._known(towers, batch) if task is None else self._training(towers, batch, task)
-            self._set_gates(towers, batch, active)
-            self._active = active
+            used = {index for index, any_row in enumerate(active.any(0).tolist()) if any_row}
+            self._active = active.to(batch["inputs"]["input_ids"].device, non_blocking=True)
+            self._set_gates(towers, batch, self._active, used)
+        elif self.needs_router or self.config.targets.get("vision"):
+            tile_owners(towers, batch)  # a model that it cannot route raises in the zero-shot evaluation, not after it
         return nullcontext()
 
     def routed_to(self) -> list[list[str]] | None:
-        """Tasks whose experts each sample of the last evaluation batch got, lowest error first."""
-        if self._active is None:
+        """Tasks whose experts each sample of the last evaluation batch got.
+
+        First the one that decides: of lowest error, of most votes, or the oracle's own.
+        """
+        if self._active is None or self._preference is None:
             return None
-        order = self._active if self._errors is None else -self._errors
-        ranks = order.masked_fill(self._active == 0, -torch.inf).argsort(dim=1, descending=True, stable=True).tolist()
-        counts = self._active.sum(1).int().tolist()
+        known = self._preference.masked_fill(self._active == 0, -torch.inf)
+        ranks, counts = known.argsort(dim=1, descending=True, stable=True).tolist(), self._active.sum(1).int().tolist()
         return [[self.tasks[index] for index in row[:count]] for row, count in zip(ranks, counts, strict=True)]
 
     def plain_lora(self, towers: Towers) -> dict[str, dict[str, list[str]]]:
@@ -271,10 +188,13 @@ class DMoLE(ContinualStrategy):
         if config.router == "oracle":
             return self._oracle(towers, batch)
         assert self.bank is not None
-        self._errors = self.bank.errors(self._test_features(towers, batch))
+        errors = self.bank.errors(self._test_features(towers, batch))
         if config.route_scope == "batch_vote":
-            return vote(self._errors, self.bank.threshold, config.vote_share)
-        return best_under_threshold(self._errors, self.bank.threshold, config.top_k)
+            votes = best_under_threshold(errors, self.bank.threshold, 1).sum(0)
+            self._preference = votes.expand_as(errors)
+            return vote(votes, config.vote_share).expand_as(errors)
+        self._preference = -errors
+        return best_under_threshold(errors, self.bank.threshold, config.top_k)
 
     def _test_features(self, towers: Towers, batch: Batch) -> Tensor:
         """`features` of an evaluation batch, computed once per sample and run: the pretrained model does not change."""
@@ -282,6 +202,7 @@ class DMoLE(ContinualStrategy):
         if len(keys) == len(batch["task"]) and all(key in self._tested for key in keys):
             return torch.stack([self._tested[key] for key in keys]).to(batch["inputs"]["input_ids"].device)
         features = self.features(towers, batch)
+        self.samples_examined += len(features)
         if len(self._tested) + len(keys) <= self.config.feature_cache:
             self._tested.update(zip(keys, features.cpu(), strict=False))
         return features
@@ -293,53 +214,59 @@ class DMoLE(ContinualStrategy):
         active = _one_hot(own, len(self.tasks))
         if self.config.co_expert != "none":
             assert self.bank is not None
-            self._errors = self.bank.errors(self._test_features(towers, batch))
-            active = active + _one_hot(self._co_expert(self._errors, own), len(self.tasks))
+            errors = self.bank.errors(self._test_features(towers, batch))
+            active = active + _one_hot(self._co_expert(errors, own), len(self.tasks))
+        self._preference = _one_hot(own, len(self.tasks))
         return active
 
     def _training(self, towers: Towers, batch: Batch, task: str) -> Tensor:
-        """[B, T] in {0, 1}: the stage's expert for every sample, and a co-expert."""
-        size, current = len(batch["id"]), self.tasks.index(task)
-        device = batch["inputs"]["input_ids"].device
-        own = torch.full((size,), current, device=device)
+        """[B, T] in {0, 1}: the stage's expert for every sample, and a co-expert. On the host: nothing waits for the device."""
+        current = self.tasks.index(task)
+        own = torch.full((len(batch["id"]),), current)
         active = _one_hot(own, len(self.tasks))
         if current == 0 or self.config.co_expert == "none":
             return active
         keys = [(task, self.training, row) for row in batch["index"]]
         if not all(key in self._helpers for key in keys):  # once per sample: features and earlier tasks never change
             assert self.bank is not None
-            helpers = self._co_expert(self.bank.errors(self.features(towers, batch)), own)
-            self._helpers.update(zip(keys, helpers.tolist(), strict=True))
-        helpers = torch.tensor([self._helpers[key] for key in keys], device=device)
+            errors = self.bank.errors(self.features(towers, batch))
+            self._helpers.update(zip(keys, self._co_expert(errors, own.to(errors.device)).tolist(), strict=True))
+        helpers = torch.tensor([self._helpers[key] for key in keys])
         if self.config.route_scope == "batch_vote":
             votes = _one_hot(helpers, len(self.tasks)).sum(0)
             winner = votes.argmax()
-            enough = votes[winner] >= self.config.vote_share * votes.sum().clamp(min=1)
-            helpers = torch.where(enough, winner, torch.full_like(winner, -1)).expand(size)
+            enough = (votes[winner] > 0) & (votes[winner] >= self.config.vote_share * votes.sum())
+            helpers = torch.where(enough, winner, -1).expand(len(keys))
         return active + _one_hot(helpers, len(self.tasks))
 
     def _co_expert(self, errors: Tensor, own: Tensor) -> Tensor:
         """[B], index of the best task before each sample's own; -1 where there is none."""
         assert self.bank is not None
         allowed = torch.arange(errors.shape[1], device=errors.device) < own.unsqueeze(1)
-        if self.config.co_expert == "thresholded" or self.config.route_scope == "batch_vote":
+        if self.config.co_expert == "thresholded":
             allowed = allowed & (errors <= self.bank.threshold)
         best = errors.masked_fill(~allowed, torch.inf).argmin(1)
         return torch.where(allowed.any(1), best, -1)
 
-    def _set_gates(self, towers: Towers, batch: Batch, active: Tensor) -> None:
-        """Each module's gate holds a column per expert that the module has; the vision tower's a row per picture."""
+    def _set_gates(self, towers: Towers, batch: Batch, active: Tensor, used: set[int]) -> None:
+        """Each module's gate holds a column per expert that takes part; the vision tower's a row per picture.
+
+        Args:
+            used: columns of `active` that are not all zero. Only their experts are computed: a step costs the same after 20 tasks
+                as after two.
+        """
         rows = {"language": active}
-        if "vision" in self.config.targets:
+        if self.config.targets.get("vision"):
             rows["vision"] = active.index_select(0, tile_owners(towers, batch))
-        columns = {task: index for index, task in enumerate(self.tasks)}
+        columns = {task: index for index, task in enumerate(self.tasks) if index in used}
         layers: dict[str, list[tuple[SampleGate, list[int]]]] = {}
         for path, layer in towers.adapters.items():
             assert isinstance(layer.gate, SampleGate)
-            tower = towers.tower_of(path) or "language"
-            layers.setdefault(tower, []).append((layer.gate, [columns[name] for name in layer.lora_b]))
+            own = [name for name in layer.lora_b if name in columns]
+            layer.use(own)
+            layers.setdefault(towers.tower_of(path) or "language", []).append((layer.gate, [columns[n] for n in own]))
         for tower, gates in layers.items():  # one gather per tower, not one per module
-            index = torch.tensor([column for _, own in gates for column in own], device=active.device)
+            index = torch.tensor([column for _, own in gates for column in own], device=active.device, dtype=torch.long)
             parts = rows[tower].index_select(1, index).split([len(own) for _, own in gates], dim=1)
             for (gate, _), value in zip(gates, parts, strict=True):
                 gate.value = value
