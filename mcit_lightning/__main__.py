@@ -7,6 +7,7 @@ import sys
 
 from mcit_lightning.commands import RUN, Command, find_command
 from mcit_lightning.commands.quiet import one_line_an_event
+from mcit_lightning.signals import StoppedBySignal
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -16,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         Exit status: 0, 1 where a check found problems, 2 for bad input, 3 for a full or read-only disk, 130 after Ctrl-C, 143
-        after SIGTERM.
+        after SIGTERM, 138 after SIGUSR1.
     """
     one_line_an_event()
     sys.path.insert(0, os.getcwd())  # for `imports`, as `python -m` does; the console script would not find them
@@ -31,11 +32,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 3)
     except KeyboardInterrupt:
         return _stopped("interrupted", 130, command)
-    except SystemExit as error:  # how Lightning ends after Ctrl-C and after SIGTERM
+    except SystemExit as error:  # how Lightning ends after Ctrl-C
         if isinstance(error.__context__, KeyboardInterrupt):
             return _stopped("interrupted", 130, command)
-        if type(error).__name__ == "SIGTERMException":
-            return _stopped("terminated", 143, command)
+        if isinstance(error, StoppedBySignal):
+            return _stopped(f"stopped by {error.name}", int(str(error.code)), command)
         raise
     except RuntimeError as error:
         if "LOCAL_RANK" in os.environ and any(

@@ -11,9 +11,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import SealedCheckpointIO, read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.engine import build_engine, resolve_precision
@@ -21,8 +22,10 @@ from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
-from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory, read_checkpoint
+from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory
+from mcit_lightning.signals import STOP
 from mcit_lightning.stages import ZERO_SHOT, Stage
+from mcit_lightning.stopping import StopAtSignal, slurm_plugins
 from mcit_lightning.validation import build_strategy
 
 logger = logging.getLogger(__name__)
@@ -37,10 +40,15 @@ def run(config: ExperimentConfig) -> Results:
     Raises:
         ValueError: bad input of any kind; names file, key, value and remedy.
         OSError: the run directory cannot be written.
+        StoppedBySignal: SIGTERM or SIGUSR1 has come and what was trained is saved; the same call continues.
     """
     directory = RunDirectory(config)
     try:
-        return _Run(config, directory).execute()
+        with STOP.listening():
+            return _Run(config, directory).execute()
+    except RuntimeError:
+        STOP.check()  # a signal to a whole process group breaks what it waits for: loaders, other ranks
+        raise
     except OSError as error:
         if not str(error.filename or "").startswith(str(directory.root)):
             error.filename = str(directory.root)  # a full disk does not always name the file, or names a temporary one
@@ -80,11 +88,12 @@ class _Run:
             self._test(self._trainer(self.directory.root / ZERO_SHOT))
             state.zero_shot = True
             self.directory.save()
-        self.directory.drop_incomplete(self.stages)
+        self.directory.prepare_to_continue(self.stages)
         for stage in self.stages[state.stage :]:
             trained = self._restore(stage)
             state.steps.append(self._stage(stage, trained))
             self.directory.save()
+            STOP.check()
         state.finished = True
         self.directory.save()
         self.tensorboard.close()
@@ -100,21 +109,18 @@ class _Run:
         if trained is None:
             step = 0
             if last is not None:
-                checkpoint = self._read(
-                    last, stage, self.module.on_load_checkpoint
-                )  # structure before callbacks decide by it
+                checkpoint = self._read(last, stage, self.module.load_weights)  # before callbacks decide by the structure
                 step = checkpoint["global_step"]
                 logger.info("stage %s continues at step %d (%s)", stage.name, step, last)
             self.tensorboard.resume_from(step)
-            trainer.fit(self.module, datamodule=self.stream, ckpt_path=last)
-            _stop_if_told(trainer)
+            trainer.fit(self.module, datamodule=self.stream, ckpt_path=last, weights_only=True)
+            STOP.check()  # a signal in the last batch
             trained = trainer.global_step
         self._test(trainer)
         return trained
 
     def _test(self, trainer: L.Trainer) -> None:
         trainer.test(self.module, datamodule=self.stream, verbose=False)
-        _stop_if_told(trainer)
 
     def _restore(self, stage: Stage) -> int | None:
         """Bring the module to the state in which the stage starts, or in which its evaluation does.
@@ -127,6 +133,8 @@ class _Run:
         final = self.directory.final(stage)
         if final is not None:  # killed after the training
             return int(self._read(final, stage, self.module.load_weights)["global_step"])
+        if self.directory.last(stage) is not None:
+            return None
         if stage.index > 0 and not stage.reset and len(self.module.structure) == 0:  # not just trained in this process
             previous = self.stages[stage.index - 1]
             path = self.directory.final(previous)
@@ -155,13 +163,14 @@ class _Run:
             ValueError: Lightning refuses a value of the `trainer` section, or a callback one of its arguments.
         """
         try:
-            callbacks = [target(**kwargs) for target, kwargs in self._callback_nodes()]
+            callbacks = [StopAtSignal(), *(target(**kwargs) for target, kwargs in self._callback_nodes())]
             arguments: dict[str, Any] = {
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 **self.config.trainer,
                 "precision": self.precision,
                 "strategy": build_engine(self.config.trainer, find_unused=self.find_unused),
+                "plugins": [SealedCheckpointIO(), *slurm_plugins()],
             }
             if arguments.get("enable_progress_bar") is False:
                 callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
@@ -204,8 +213,3 @@ class _Run:
             metrics={name: config.tasks[name].metric for name in config.order},
         )
 
-
-def _stop_if_told(trainer: L.Trainer) -> None:
-    """A SIGTERM that came with the last batch: Lightning has noted it, but only acts at the next."""
-    if trainer.received_sigterm:
-        raise SIGTERMException

@@ -26,6 +26,7 @@ RUNNER_SETS = {
     "max_epochs": "use tasks.<name>.epochs",
     "max_steps": "use tasks.<name>.epochs or data.limit_train",
     "max_time": "stop the run and start the same command again instead",
+    "plugins": "the runner sets those for checkpoints and clusters",
     "use_distributed_sampler": "the data module shards by itself",
     "fast_dev_run": "use data.limit_train and data.limit_test; the run would count as finished",
     "overfit_batches": "use data.limit_train",
@@ -154,8 +155,8 @@ def _ranges(config: ExperimentConfig) -> None:
         for key in ("epochs", "batch_size", "lr", "max_new_tokens"):
             positive[f"tasks.{name}.{key}"] = getattr(task, key)
     for key, value in positive.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{key}: is {value}, must be greater than 0")
+        if value is not None and not 0 < value < float("inf"):  # nan is neither
+            raise ValueError(f"{key}: is {value}, must be a finite number greater than 0")
     if not 0 < config.data.fraction <= 1:
         raise ValueError(f"data.fraction: is {config.data.fraction}, must be in (0, 1]")
     if not 0 <= config.seed < 2**32:
