@@ -46,7 +46,9 @@ class StageCheckpoint(Checkpoint):
         self._pending = False
         self._bad_step: Tensor | None = None
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """What the batch before has saved is now complete; stop here if that is asked for.
 
         Raises:
@@ -125,7 +127,9 @@ class StageCheckpoint(Checkpoint):
         bad_step, bad_weights = (int(value) for value in trainer.strategy.reduce(state, reduce_op="max"))
         if bad_step < 0 and not bad_weights:
             return
-        what = f"the loss is not a finite number, first in step {bad_step}" if bad_step >= 0 else "a weight is not finite"
+        what = (
+            f"the loss is not a finite number, first in step {bad_step}" if bad_step >= 0 else "a weight is not finite"
+        )
         stage = trainer.datamodule.stage  # type: ignore[attr-defined]
         raise ValueError(
             f"stage {stage.name!r} has diverged: {what} (seen in step {trainer.global_step}). Nothing was saved since; what was "

@@ -39,12 +39,27 @@ def main(arguments: list[str] | None = None) -> int:
             return _stopped(f"stopped by {error.name}", int(str(error.code)), command)
         raise
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not loaded for every command
+            return _out_of_memory(error, command)
         if "LOCAL_RANK" in os.environ and any(
             word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")
         ):
             logging.getLogger(__name__).error("another process of this run stopped; see its message")
             return 1
         raise
+
+
+def _out_of_memory(error: RuntimeError, command: Command) -> int:
+    first = str(error).partition(". ")[0]  # torch goes on with numbers and advice of its own
+    remedy = "lower what is loaded at a time"
+    if command is RUN:
+        remedy = (
+            "in training lower data.batch_size (and raise trainer.accumulate_grad_batches by as much) or data.max_length, or set "
+            "backbone.activation_checkpointing=true; in evaluation lower data.eval_batch_size. That is another configuration: "
+            "name a new directory with out=DIR. If another program has the memory, run the same command again: the run continues"
+        )
+    logging.getLogger(__name__).error("%s; %s", first, remedy)
+    return 1
 
 
 def _stopped(how: str, status: int, command: Command) -> int:

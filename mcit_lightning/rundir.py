@@ -172,7 +172,9 @@ class RunDirectory:
                     continue
                 except DamagedCheckpointError as error:
                     kept = path.with_name(f"{name}.damaged")
-                    logger.warning("%s. It is kept as %s; the run goes back to the checkpoint before it", error, kept.name)
+                    logger.warning(
+                        "%s. It is kept as %s; the run goes back to the checkpoint before it", error, kept.name
+                    )
                     if process_rank() == 0:
                         path.replace(kept)
             if stage.reset:
@@ -211,13 +213,17 @@ class RunDirectory:
             path.unlink(missing_ok=True)
         for path in self.root.glob("*/hpc_ckpt_*"):
             kept = path.with_name(f"unused_{path.name.replace('hpc_ckpt_', 'requeue_')}")
-            logger.warning("%s: the run does not use Lightning's requeue checkpoints; it is kept as %s", path, kept.name)
+            logger.warning(
+                "%s: the run does not use Lightning's requeue checkpoints; it is kept as %s", path, kept.name
+            )
             path.replace(kept)
 
     def _clear(self) -> None:
         """Delete what a run has written, and nothing else."""
         own = [path for path in self.root.iterdir() if _is_ours(path.name) and path.name != ".lock"]
-        for path in sorted(own, key=lambda path: path.name == "state.json"):  # it goes last: a kill must not leave half a run
+        for path in sorted(
+            own, key=lambda path: path.name == "state.json"
+        ):  # it goes last: a kill must not leave half a run
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _read_state(self, *, may_be_damaged: bool) -> RunState | None:

@@ -109,7 +109,9 @@ class _Run:
         if trained is None:
             step = 0
             if last is not None:
-                checkpoint = self._read(last, stage, self.module.load_weights)  # before callbacks decide by the structure
+                checkpoint = self._read(
+                    last, stage, self.module.load_weights
+                )  # before callbacks decide by the structure
                 step = checkpoint["global_step"]
                 logger.info("stage %s continues at step %d (%s)", stage.name, step, last)
             self.tensorboard.resume_from(step)
@@ -212,4 +214,3 @@ class _Run:
             tasks=list(config.order),
             metrics={name: config.tasks[name].metric for name in config.order},
         )
-

@@ -13,8 +13,8 @@ class StopAtSignal(L.Callback):
     """Makes training and evaluation stop between two batches after a signal.
 
     In training all processes learn of the signal at the start of the same batch (`agreed`); the checkpoint callback then saves
-    after it. An evaluation stops at once, since it is repeated as a whole. Replaces Lightning's handler, which starts a collective
-    inside of the signal handler, where it can meet another one.
+    after it. An evaluation stops at once, since it is repeated as a whole. Replaces Lightning's handler, which starts a
+    collective inside of the signal handler, where it can meet another one.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,9 @@ class StopAtSignal(L.Callback):
         """From here on signals are noted."""
         self._defer(trainer)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Tell each other; Lightning has just waited for the device in several processes."""
         if trainer.world_size == 1:
             self.agreed = STOP.signum is not None

@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 
 POINT: tuple[Any, ...] | None = None
-"""Where to stop next: ("batch", stage, index), ("epoch", stage, index), ("end", stage), ("test", stage, batch) ("setup", stage) or None."""
+"""Where to stop next: ("batch", stage, index), ("epoch", stage, index), ("end", stage), ("test", stage, batch)
+or ("setup", stage); None for nowhere."""
 SIGNUM: int | None = None
 """Signal to send there; None to stop as SIGKILL does."""
 

@@ -3,8 +3,8 @@
     python tests/kill_loop.py --kills 30 --devices 2 --seed 1
 
 The run is the smoke experiment: three stages, two of them of three epochs, a checkpoint every second step. Every life of it is a
-process (on two devices: two, which talk through gloo) that ends with SIGKILL, at a random moment of its start-up, training, saving
-or evaluation. Lives are forked from a process that has loaded the libraries, so that they are short. Prints where the kills hit;
+process (on two devices: two, which talk through gloo) that ends with SIGKILL, at a random moment of its start-up, training,
+saving or evaluation. Lives are forked from a process that has loaded the libraries, so that they are short. Prints where the kills hit;
 exit status 0 if weights (bitwise), matrix, predictions and curves are those of the uninterrupted run.
 """
 
@@ -21,9 +21,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-from smoke_runs import assert_same_run, small_experiment  # after the path, for use as a script
+from smoke_runs import assert_same_run, small_experiment
 
 from mcit_lightning.smoke import prepare
 
@@ -156,8 +154,9 @@ def loop(smoke_root: Path, folder: Path, *, kills: int, devices: int, workers: i
     while sum(hits.values()) < kills:
         left = kills - sum(hits.values())
         ids = start(smoke_root, out, devices, workers)
-        mean = max(1.0, 0.7 * changes * (1 - progress(out, files)) / left)
-        ended, _ = watch(out, ids, draw.expovariate(1 / mean), draw.random() * 2 * seconds / changes)
+        ahead = changes * (1 - progress(out, files))
+        limit = min(draw.expovariate(left / max(ahead, left)), 0.7 * ahead)
+        ended, _ = watch(out, ids, limit, draw.random() * seconds / changes)
         if ended:
             assert reap(ids) == 0, (folder / "killed_rank0.log").read_text()[-3000:]
             raise AssertionError(f"the run finished after {sum(hits.values())} kills; try another --seed")
@@ -193,7 +192,9 @@ def main() -> int:
             seed=options.seed,
         )
         seconds = time.monotonic() - began
-    sys.stdout.write(f"{sum(hits.values())} kills of {options.devices} process(es) in {seconds:.0f} s: the same results\n")
+    sys.stdout.write(
+        f"{sum(hits.values())} kills of {options.devices} process(es) in {seconds:.0f} s: the same results\n"
+    )
     for place, count in sorted(hits.items()):
         sys.stdout.write(f"{count:4d}  {place}\n")
     return 0

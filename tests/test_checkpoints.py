@@ -46,7 +46,9 @@ def test_every_cut_and_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(DamagedCheckpointError, match=r"a\.ckpt: is damaged: it has no checksum at its end"):
             read_checkpoint(path)
         broken = bytearray(whole)
-        broken[draw.choice([draw.randrange(len(whole)), len(whole) - draw.randint(1, FOOTER)])] ^= 1 << draw.randrange(8)
+        broken[draw.choice([draw.randrange(len(whole)), len(whole) - draw.randint(1, FOOTER)])] ^= 1 << draw.randrange(
+            8
+        )
         path.write_bytes(broken)
         with pytest.raises(DamagedCheckpointError, match=r"a\.ckpt: is damaged"):
             read_checkpoint(path)
@@ -115,7 +117,9 @@ def test_a_malicious_checkpoint_is_refused_and_not_executed(
     sealed = tmp_path / "sealed.ckpt"
     write_checkpoint(content, sealed)  # with the right checksum
     if form == "torch":
-        with pytest.raises(ValueError, match=r"sealed\.ckpt: cannot be read as a checkpoint.*nothing in it was executed"):
+        with pytest.raises(
+            ValueError, match=r"sealed\.ckpt: cannot be read as a checkpoint.*nothing in it was executed"
+        ):
             read_checkpoint(sealed)
     assert not trace.exists()
     if environment == "":

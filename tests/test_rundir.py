@@ -175,7 +175,17 @@ def test_a_foreign_checkpoint_is_one_clear_error(
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "", "[]", "null", "{}", '{"run_id": 3}', '{"run_id": "x", "steps": [-1]}', '{"run_id": "x", "steps": "12"}', "\0"],
+    [
+        "{",
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"run_id": 3}',
+        '{"run_id": "x", "steps": [-1]}',
+        '{"run_id": "x", "steps": "12"}',
+        "\0",
+    ],
 )
 def test_a_damaged_state_is_one_clear_error(
     text: str, experiment: Callable[..., ExperimentConfig], tmp_path: Path

@@ -35,7 +35,9 @@ class Diverge(L.Callback):
 def with_callback(node: str, **checkpoint: Any) -> str:
     """The callbacks of `smoke_runs`, with one more before the checkpoint's."""
     text = CALLBACKS.replace("{_target_: callbacks.StageCheckpoint", f"{node}, {{_target_: callbacks.StageCheckpoint")
-    return text.replace("every_n_steps: 2", ", ".join(["every_n_steps: 2", *(f"{k}: {v}" for k, v in checkpoint.items())]))
+    return text.replace(
+        "every_n_steps: 2", ", ".join(["every_n_steps: 2", *(f"{k}: {v}" for k, v in checkpoint.items())])
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +137,9 @@ def test_a_loss_that_is_no_number_stops_the_run_and_saves_nothing(
     node = f"{{_target_: test_stopping.Diverge, stage: colours, step: {step}}}"
     overrides = ["zero_shot=false", "order=[colours]", f"trainer.log_every_n_steps={every}"]
     config = experiment(tmp_path / "run", with_callback(node), *overrides)
-    with pytest.raises(ValueError, match=rf"stage 'colours' has diverged.*first in step {step + 1}.*optim\.lr.*out=DIR"):
+    with pytest.raises(
+        ValueError, match=rf"stage 'colours' has diverged.*first in step {step + 1}.*optim\.lr.*out=DIR"
+    ):
         run(config)
     assert not (tmp_path / "run/stage_01/final.ckpt").exists()
     checkpoint = read_checkpoint(tmp_path / "run/stage_01/last.ckpt")
@@ -182,7 +186,11 @@ def test_leftovers_of_a_killed_process_are_removed(experiment: Callable[..., Exp
     root = tmp_path / "run"
     (root / "predictions/stage_01").mkdir(parents=True)
     (root / "stage_01").mkdir()
-    left = [root / ".state.json.12.tmp", root / "stage_01/.next.ckpt.12.tmp", root / "predictions/stage_01/.a.rank0.part"]
+    left = [
+        root / ".state.json.12.tmp",
+        root / "stage_01/.next.ckpt.12.tmp",
+        root / "predictions/stage_01/.a.rank0.part",
+    ]
     for path in left:
         path.write_bytes(b"half")
     RunDirectory(experiment(root)).close()
