@@ -4,8 +4,8 @@
 
 The run is the smoke experiment: three stages, two of them of three epochs, a checkpoint every second step. Every life of it is a
 process (on two devices: two, which talk through gloo) that ends with SIGKILL, at a random moment of its start-up, training,
-saving or evaluation. Lives are forked from a process that has loaded the libraries, so that they are short. Prints where the kills hit;
-exit status 0 if weights (bitwise), matrix, predictions and curves are those of the uninterrupted run.
+saving or evaluation. Lives are forked from a process that has loaded the libraries, so that they are short. Prints where the
+kills hit; exit status 0 if weights (bitwise), matrix, predictions and curves are those of the uninterrupted run.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def _live(smoke_root: Path, out: Path, devices: int, workers: int, rank: int, po
     status = 1
     try:
         epochs = [f"tasks.{task}.epochs={EPOCHS}" for task in ("colours", "shapes")]
-        sizes = [f"trainer.devices={devices}", "data.batch_size=2", f"data.num_workers={workers}", "zero_shot=true"]
+        sizes = [f"trainer.devices={devices}", "data.batch_size=2", f"data.num_workers={workers}", "zero_shot=false"]
         run(small_experiment(smoke_root, out, *epochs, *sizes))
         status = 0
     except BaseException:
@@ -117,8 +117,6 @@ def where(out: Path) -> str:
         state = json.loads((out / "state.json").read_text())
     except FileNotFoundError:
         return "before the first file"
-    if not state["zero_shot"]:
-        return "zero-shot"
     folder = out / f"stage_{len(state['steps']) + 1:02d}"
     if (folder / "final.ckpt").exists():
         return f"{folder.name} evaluation"
@@ -155,7 +153,7 @@ def loop(smoke_root: Path, folder: Path, *, kills: int, devices: int, workers: i
         left = kills - sum(hits.values())
         ids = start(smoke_root, out, devices, workers)
         ahead = changes * (1 - progress(out, files))
-        limit = min(draw.expovariate(left / max(ahead, left)), 0.7 * ahead)
+        limit = min(draw.expovariate(left / (left + 1.3 * ahead)), 0.7 * ahead)
         ended, _ = watch(out, ids, limit, draw.random() * seconds / changes)
         if ended:
             assert reap(ids) == 0, (folder / "killed_rank0.log").read_text()[-3000:]
