@@ -135,7 +135,8 @@ class StageCheckpoint(Checkpoint):
             f"stage {stage.name!r} has diverged: {what} (seen in step {trainer.global_step}). Nothing was saved since; what was "
             "saved before is untouched. The same command would repeat it: lower optim.lr, raise optim.warmup_ratio, set "
             "trainer.gradient_clip_val=1.0 or trainer.precision=32-true, or look for broken rows with `mcit-lightning data "
-            "verify`, and start that as a new run (out=DIR) or over (overwrite=true). StageCheckpoint's nonfinite: ignore trains on"
+            "verify`, and start that as a new run (out=DIR) or over (overwrite=true). StageCheckpoint's nonfinite: ignore "
+            "trains on"
         )
 
 

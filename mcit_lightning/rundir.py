@@ -228,11 +228,13 @@ class RunDirectory:
 
     def _read_state(self, *, may_be_damaged: bool) -> RunState | None:
         path = self.root / "state.json"
-        try:
-            return RunState.from_dict(read_checked_json(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
-        except (ValueError, TypeError, IsADirectoryError, RecursionError) as error:
+        try:
+            if not path.is_file():  # reading a pipe would wait for ever
+                raise ValueError("is not a file")
+            return RunState.from_dict(read_checked_json(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             if may_be_damaged:
                 return None
             raise ValueError(f"{path}: is damaged ({error}). {EVALUATE_AGAIN}") from error
@@ -241,16 +243,17 @@ class RunDirectory:
         """Message that names what differs from the configuration that the directory was started with."""
         try:
             old = flatten(yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             old = {}
-        new = flatten(yaml.safe_load(to_yaml(config)))
+        new = flatten(yaml.safe_load(to_yaml(config))) if old else {}
         changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            f"{key}: {old.get(key)!r:.80} -> {new.get(key)!r:.80}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not _may_change(key, MAY_CHANGE)
         ]
         return (
-            f"{self.root}: holds a run of another configuration. Changed: {'; '.join(changed) or 'config.yaml is unreadable'}. "
+            f"{self.root}: holds a run of another configuration. Changed: {'; '.join(changed[:9]) or 'config.yaml is unreadable'}"
+            f"{f' and {len(changed) - 9} more' if len(changed) > 9 else ''}. "
             "Undo the change to continue it, use out=DIR for a new run, or overwrite=true to start over"
         )
 

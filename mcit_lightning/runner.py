@@ -109,9 +109,8 @@ class _Run:
         if trained is None:
             step = 0
             if last is not None:
-                checkpoint = self._read(
-                    last, stage, self.module.load_weights
-                )  # before callbacks decide by the structure
+                # before callbacks decide by the structure
+                checkpoint = read_for(last, stage, self.module.load_weights)
                 step = checkpoint["global_step"]
                 logger.info("stage %s continues at step %d (%s)", stage.name, step, last)
             self.tensorboard.resume_from(step)
@@ -134,29 +133,15 @@ class _Run:
             self.module.reset()
         final = self.directory.final(stage)
         if final is not None:  # killed after the training
-            return int(self._read(final, stage, self.module.load_weights)["global_step"])
+            return int(read_for(final, stage, self.module.load_weights)["global_step"])
         if self.directory.last(stage) is not None:
             return None
         if stage.index > 0 and not stage.reset and len(self.module.structure) == 0:  # not just trained in this process
             previous = self.stages[stage.index - 1]
             path = self.directory.final(previous)
             assert path is not None, "finished stages have one"
-            self._read(path, previous, self.module.load_weights)
+            read_for(path, previous, self.module.load_weights)
         return None
-
-    def _read(self, path: Path, stage: Stage, use: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Read a checkpoint of a stage and give it to the module; errors name the file and the remedy."""
-        checkpoint = read_checkpoint(path)
-        try:
-            if checkpoint["mcit"].get("stage") != stage.name:
-                raise ValueError(f"is of stage {checkpoint['mcit'].get('stage')!r}, not of {stage.name!r}")
-            use(checkpoint)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: {error}. Put the right file there, or delete it: the stage is then done again"
-            ) from error
-        logger.info("restored from %s", path)
-        return checkpoint
 
     def _trainer(self, folder: Path, epochs: int = 1) -> L.Trainer:
         """A fresh Trainer with fresh callbacks.
@@ -214,3 +199,25 @@ class _Run:
             tasks=list(config.order),
             metrics={name: config.tasks[name].metric for name in config.order},
         )
+
+
+def read_for(path: Path, stage: Stage, use: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Read a checkpoint of a stage and give it to `use`.
+
+    Raises:
+        ValueError: it cannot be read, is of another stage, or does not fit; names the file and the remedy.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        if checkpoint["mcit"].get("stage") != stage.name:
+            raise ValueError(f"is of stage {checkpoint['mcit'].get('stage')!r}, not of {stage.name!r}")
+        checkpoint["global_step"] = int(checkpoint["global_step"])
+        use(checkpoint)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+        # its checksum is right, so another program or version wrote what does not fit
+        what = str(error) if isinstance(error, ValueError) else f"does not fit ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"{path}: {what}. Put the right file there, or delete it: the stage is then done again"
+        ) from error
+    logger.info("restored from %s", path)
+    return checkpoint

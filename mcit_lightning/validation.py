@@ -97,7 +97,9 @@ def _callbacks(config: ExperimentConfig, strategy: ContinualStrategy) -> None:
     for index, node in enumerate(config.callbacks):
         target, kwargs = split_node(node, f"callbacks[{index}]")
         if not (inspect.isclass(target) and issubclass(target, L.Callback)):
-            raise ValueError(f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback")
+            raise ValueError(
+                f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback; name one, such as callbacks.StageCheckpoint"
+            )
         check_arguments(target, kwargs, f"callbacks[{index}]")
         classes.append(target)
     if not any(issubclass(cls, Checkpoint) for cls in classes):

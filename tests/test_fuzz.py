@@ -115,7 +115,7 @@ def test_experiment_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     base = f"base: {experiments_dir() / 'smoke.yaml'}\nname: x\n"
     more = [(text[:40], text.encode()) for text in YAMLS]
     more += [(f"{key}: {value}", f"{base}{key}: {value}\n".encode()) for key in SECTIONS for value in WRONG]
-    check("experiment files", path, all_of(path, smoke, 40, *more), lambda: load_config(path))
+    check("experiment files", path, all_of(path, smoke, 40, *more), lambda: load_config(path), "x.yaml", "/etc/passwd")
     assert not (tmp_path / "executed").exists()
 
 

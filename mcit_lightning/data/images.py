@@ -6,6 +6,9 @@ from PIL import Image, UnidentifiedImageError
 
 from mcit_lightning.data.records import ImageSource, Sample
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF", "JPEG2000", "ICO", "TGA", "DIB")
+"""What is opened. Pillow gives some others (EPS) to a program outside."""
+
 Listings = dict[str, list[frozenset[str]]]
 
 
@@ -55,7 +58,9 @@ def load_image(source: ImageSource, sample: Sample) -> Image.Image:
     try:
         if not isinstance(source, str):
             return source.open().convert("RGB")
-        with Image.open(source) as image:
+        if not os.path.isfile(source):  # reading a pipe would wait for ever
+            raise FileNotFoundError("not a file")
+        with Image.open(source, formats=FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib and struct errors
         # PIL names the file, which inside a dataset is an object in memory.

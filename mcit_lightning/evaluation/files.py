@@ -63,7 +63,10 @@ def read_checked_json(text: str) -> dict[str, Any]:
     Raises:
         ValueError: the text is no JSON object, or its content is not what the checksum was made of.
     """
-    values = json.loads(text)
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(values, dict):
         raise ValueError("it holds no object")
     written = values.pop(CHECKSUM, None)

@@ -149,6 +149,7 @@ class Results:
         path = root / RESULTS_FILE
         try:
             values = read_checked_json(path.read_text(encoding="utf-8"))
+            _check_types(values)
             newer = sorted({key for row in values["cost"] for key in row} - {known.name for known in fields(CostRow)})
         except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
             raise _damaged(path, error) from error
@@ -197,6 +198,30 @@ class Results:
         for name, scores in rows:
             writer.writerow([name, *("" if score is None else f"{score:.4f}" for score in scores)])
         return out.getvalue()
+
+
+_TYPES: dict[str, Any] = {
+    "experiment": str,
+    "strategy": str,
+    "backbone": str,
+    "seed": int,
+    "tasks": list,
+    "metrics": dict,
+    "routing": dict | None,
+    "allocation": dict,
+    "modules": dict,
+    "freezing": dict,
+    "cost": list,
+    "notes": dict,
+}
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    for key, kind in _TYPES.items():
+        if key in values and not isinstance(values[key], kind):
+            raise TypeError(f"{key} is {values[key]!r:.80}")
+    if not all(isinstance(row, dict) for row in values["cost"]):
+        raise TypeError(f"cost is {values['cost']!r:.80}")
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
