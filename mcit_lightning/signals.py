@@ -66,9 +66,12 @@ class StopRequest:
             raise StoppedBySignal(self.signum)
 
     def _handle(self, signum: int, frame: Any) -> None:
-        first, self.signum = self.signum is None, signum
-        if first and self.forward is not None:
-            self.forward(signum)
+        if (
+            self.signum is None
+        ):  # a second one, for example of a launcher whose other process has stopped, changes nothing
+            self.signum = signum
+            if self.forward is not None:
+                self.forward(signum)
         if not self.deferring:
             self.check()
 

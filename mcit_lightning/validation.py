@@ -98,7 +98,8 @@ def _callbacks(config: ExperimentConfig, strategy: ContinualStrategy) -> None:
         target, kwargs = split_node(node, f"callbacks[{index}]")
         if not (inspect.isclass(target) and issubclass(target, L.Callback)):
             raise ValueError(
-                f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback; name one, such as callbacks.StageCheckpoint"
+                f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback; name one, such as "
+                "callbacks.StageCheckpoint"
             )
         check_arguments(target, kwargs, f"callbacks[{index}]")
         classes.append(target)

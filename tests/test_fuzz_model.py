@@ -1,4 +1,4 @@
-"""Malformed checkpoints with a right checksum, and malformed files of a saved model: one message each, and nothing is executed."""
+"""Malformed checkpoints with a right checksum and malformed files of a saved model: one message each, nothing is executed."""
 
 import copy
 import json

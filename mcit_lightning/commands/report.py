@@ -38,7 +38,8 @@ def command(options: argparse.Namespace) -> int:
             page = write_report(root, results, text, TestPictures(settings))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(
-                f"{root}: its results.json, config.yaml or predictions are not as a run writes them ({type(error).__name__}: {error}). "
+                f"{root}: its results.json, config.yaml or predictions are not as a run writes them "
+                f"({type(error).__name__}: {error}). "
                 "Restore them from a copy; MCIT_DEBUG=1 shows where"
             ) from error
         console.print(str(page))

@@ -149,8 +149,8 @@ def fill_table(
         position = str(answer.id).removeprefix(prefix)
         if not position.isdecimal() or int(position) >= len(rows):
             raise ValueError(
-                f"the prediction of {answer.id!r} belongs to no row of {template}, whose {len(rows)} rows have ids from {prefix}0 on. "
-                "Give the table and the predictions of one benchmark."
+                f"the prediction of {answer.id!r} belongs to no row of {template}, whose {len(rows)} rows have ids from "
+                f"{prefix}0 on. Give the table and the predictions of one benchmark."
             )
         texts[int(position)] = answer.text
     out = io.StringIO()
