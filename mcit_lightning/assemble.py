@@ -105,7 +105,7 @@ def read_projector(source: str) -> dict[str, Tensor]:
     if found.keys() != PROJECTOR_KEYS.keys():
         raise ValueError(
             f"--projector: {path} holds the keys {sorted(content)}, not those of LLaVA-1.5's two-layer projector "
-            f"({', '.join(f'mm_projector.{key}' for key in PROJECTOR_KEYS)})"
+            f"({', '.join(f'mm_projector.{key}' for key in PROJECTOR_KEYS)}). Give LLaVA-1.5's file"
         )
     return {PROJECTOR_KEYS[key]: value for key, value in found.items()}
 

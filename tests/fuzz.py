@@ -17,7 +17,8 @@ REMEDY = re.compile(
     re.IGNORECASE,
 )
 RIGHT = re.compile(
-    r"is a text or a number|is a number or a text|not a text|has `|has one of|A turn is|A prediction is|References are|not a COCO"
+    r"is a text or a number|is a number or a text|not a text|has `|has one of|A turn is|A prediction is|References are|"
+    r"Answers are|not a COCO"
 )
 """A message has a word that says what to do, or says what would be right."""
 

@@ -168,7 +168,7 @@ def test_damaged_event_files_do_not_stop_a_run(uninterrupted: Path, tmp_path: Pa
     for number, (_, content) in enumerate(byte_mutations(whole.read_bytes(), "events", 8)):
         root = tmp_path / str(number)
         (root / "tensorboard").mkdir(parents=True)
-        (root / "tensorboard" / whole.name).write_bytes(content)
+        (root / "tensorboard/events.out.tfevents.1700000000.host.1.0").write_bytes(content)
         logger = StageTensorBoardLogger(root)
         logger.resume_from(2)
         logger.log_metrics({"train/loss": 1.0}, 2)
