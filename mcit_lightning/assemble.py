@@ -99,11 +99,13 @@ def read_projector(source: str) -> dict[str, Tensor]:
         raise ValueError(
             f"--projector: {source!r} cannot be read: {first[0]}. Give {PROJECTOR_FILE}, a folder with it, or a hub name."
         ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--projector: {path} holds no weights by name; give LLaVA's {PROJECTOR_FILE}")
     found = {str(key).rpartition("mm_projector.")[2]: value for key, value in content.items()}
     if found.keys() != PROJECTOR_KEYS.keys():
         raise ValueError(
             f"--projector: {path} holds the keys {sorted(content)}, not those of LLaVA-1.5's two-layer projector "
-            f"({', '.join(f'mm_projector.{key}' for key in PROJECTOR_KEYS)})"
+            f"({', '.join(f'mm_projector.{key}' for key in PROJECTOR_KEYS)}). Give LLaVA-1.5's file"
         )
     return {PROJECTOR_KEYS[key]: value for key, value in found.items()}
 

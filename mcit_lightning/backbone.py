@@ -101,7 +101,8 @@ class _explained:
             raise ValueError(
                 f"backbone.id: {self.config.id!r} needs a package that is not installed: {str(error).strip().splitlines()[0]}"
             ) from error
-        if isinstance(error, OSError | ValueError | KeyError):
+        if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError):
+            # of a dozen kinds: a damaged file ends in any of the readers' own
             raise ValueError(
                 f"backbone.id: cannot load {self.config.id!r} (revision {self.config.revision or 'main'}): "
                 f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "

@@ -7,9 +7,9 @@ then the command line. Every mistake is a `ValueError` that names the key, the v
 import importlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,7 @@ from mcit_lightning.aliases import find_task
 from mcit_lightning.composition import Composition, compose
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.registry import nearest
+from mcit_lightning.shapes import check_shape
 
 
 def cache_dir(name: str = "") -> str:
@@ -73,12 +74,12 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
     if not OmegaConf.has_resolver("cache"):
         register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)  # renamed in OmegaConf 2.4
         register("cache", cache_dir)
+    overrides = list(overrides)
     merged: DictConfig = OmegaConf.structured(ExperimentConfig)
     composed = compose(str(path), experiments_dir())
     files = _with_bases(Path(path), ()) if composed is None else _with_parts(composed)
     for file, content in files:
         merged = _merge(merged, content, str(file))
-    overrides = list(overrides)
     for override in overrides:
         _override(merged, override)
     try:
@@ -87,8 +88,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
         raise ValueError(
             f"{path}: {error.full_key} is not set and has no default; add it to the file or the command line"
         ) from error
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from error
+    except (OmegaConfBaseException, ValueError, RecursionError) as error:
+        key = getattr(error, "full_key", None) or "a value"
+        raise ValueError(f"{path}: {key}: {_first_line(error)}. Correct the file or the command line") from error
     assert isinstance(config, ExperimentConfig)
     config.order = [find_task(name, config.tasks) or name for name in config.order or config.tasks]
     _name_targets(config)
@@ -124,27 +126,42 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _with_bases(path: Path, chain: tuple[Path, ...]) -> list[tuple[Path, dict[str, Any]]]:
     """The file's content preceded by its bases', in order of merging."""
-    path = path.resolve()
-    if path in chain:
-        raise ValueError(f"base: {' -> '.join(str(p) for p in (*chain, path))} is a cycle")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        # PyYAML reads 1e-4 as text, OmegaConf's loader as a number (and refuses a key that is there twice).
-        content = OmegaConf.to_container(OmegaConf.load(path)) if content else {}
-    except FileNotFoundError as error:
-        raise ValueError(f"no such file {path}" + (f", named under 'base:' in {chain[-1]}" if chain else "")) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from error
+    named = f", named under 'base:' in {chain[-1]}" if chain else ""
+    real = _existing(path, named)
+    if real in chain:
+        raise ValueError(f"base: {' -> '.join(map(str, (*chain, real)))} is a cycle; remove one of them")
+    content = _read_yaml(real, named)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: the file must be a mapping of keys to values, not a {type(content).__name__}")
+        raise ValueError(f"{path}: the file must be a mapping of keys to values, not a {type(content).__name__}{named}")
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ValueError(f"{path}: base: must be a file name or a list of file names, not {bases!r}")
     files: list[tuple[Path, dict[str, Any]]] = []
     for base in bases:
-        files += _with_bases(path.parent / base, (*chain, path))
-    return [*files, (path, content)]
+        files += _with_bases(real.parent / base, (*chain, real))
+    return [*files, (real, content)]
+
+
+def _existing(path: Path, named: str) -> Path:
+    """The file that a path leads to."""
+    try:
+        real = path.resolve()
+        if real.is_file():
+            return real
+        kind = "no such file" if not real.exists() else "not a file:"
+    except (OSError, ValueError, RuntimeError) as error:  # too long a name, a zero byte, links in a circle
+        raise ValueError(f"{str(path)[:500]!r}: {_in_short(error)}{named}; correct the name") from error
+    raise ValueError(f"{kind} {path}{named}; correct the name")
+
+
+def _read_yaml(path: Path, named: str) -> Any:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # PyYAML reads 1e-4 as text, OmegaConf's loader as a number (and refuses a key that is there twice).
+        return OmegaConf.to_container(OmegaConf.load(path)) if content else {}
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML{named}: {_in_short(error)}. Correct the file") from error
 
 
 def _with_parts(composed: Composition) -> list[tuple[Path, dict[str, Any]]]:
@@ -172,7 +189,7 @@ def _with_parts(composed: Composition) -> list[tuple[Path, dict[str, Any]]]:
 
 
 def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConfig:
-    _check_keys(content, ExperimentConfig, source, "")
+    check_shape(content, ExperimentConfig, source)
     strategy = content.get("strategy")
     if isinstance(strategy, dict):
         if strategy.get("name") not in (None, merged.strategy.get("name")):
@@ -181,8 +198,9 @@ def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConf
             merged.strategy.pop(key, None)  # targets replace a base's: a tower that they do not name gets no adapters
     try:
         result = OmegaConf.merge(merged, content)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{source}: {error.full_key or ''}: {_first_line(error)}") from error
+    except (OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
+        key = getattr(error, "full_key", None) or "a value"
+        raise ValueError(f"{source}: {key}: {_first_line(error)}. Correct the file") from error
     assert isinstance(result, DictConfig)
     return result
 
@@ -190,29 +208,29 @@ def _merge(merged: DictConfig, content: dict[str, Any], source: str) -> DictConf
 def _override(merged: DictConfig, override: str) -> None:
     """Apply one `key=value`, in place."""
     key, equals, text = override.partition("=")
+    shown = override if len(override) < 200 else f"{override[:200]}..."
     if not equals or not key:
-        raise ValueError(f"override {override!r}: write it as key=value, for example tasks.flags.epochs=2")
+        raise ValueError(f"override {shown!r}: write it as key=value, for example tasks.flags.epochs=2")
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML: {_first_line(error)}") from error
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"override {shown!r}: the value is not valid YAML: {_in_short(error)}") from error
     nested: Any = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
-    _check_keys(nested, ExperimentConfig, f"override {override!r}", "")
+    if not any(part.isdecimal() for part in key.split(".")):  # which names an element of a list
+        check_shape(nested, ExperimentConfig, f"override {shown!r}")
     parts = key.split(".")
     if parts[0] == "tasks" and len(parts) > 2:
         task = find_task(parts[1], merged.tasks)
         if task is None:
-            raise ValueError(
-                f"override {override!r}: no task {parts[1]!r}. {nearest(parts[1], map(str, merged.tasks))}"
-            )
+            raise ValueError(f"override {shown!r}: no task {parts[1]!r}. {nearest(parts[1], map(str, merged.tasks))}")
         key = ".".join([parts[0], task, *parts[2:]])
     try:
         # a mapping for `strategy` or a hyper-parameter is a new one: what the old one held does not belong to it
         OmegaConf.update(merged, key, value, merge=parts[0] != "strategy")
-    except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"override {override!r}: {_first_line(error)}") from error
+    except (OmegaConfBaseException, ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"override {shown!r}: {_first_line(error)}. Correct it, or its key") from error
 
 
 def _name_targets(config: ExperimentConfig) -> None:
@@ -226,18 +244,15 @@ def _name_targets(config: ExperimentConfig) -> None:
             targets[tower] = [linear for name in names for linear in groups.get(name, [name])]
 
 
-def _check_keys(content: Any, schema: Any, source: str, prefix: str) -> None:
-    """Unknown keys of dataclass nodes; OmegaConf finds them too, but not always with the full key and a suggestion."""
-    if is_dataclass(schema) and isinstance(content, dict):
-        hints = get_type_hints(schema)
-        for key, value in content.items():
-            if key not in hints:
-                raise ValueError(f"{source}: unknown key {prefix}{key!s} (value {value!r}). {nearest(str(key), hints)}")
-            _check_keys(value, hints[key], source, f"{prefix}{key}.")
-    elif get_origin(schema) is dict and isinstance(content, dict):
-        for key, value in content.items():
-            _check_keys(value, get_args(schema)[1], source, f"{prefix}{key}.")
-
-
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:500].rstrip(".")
+
+
+def _in_short(error: BaseException) -> str:
+    """What a reader says of a file, on one line."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())[:500].rstrip(".") or type(error).__name__

@@ -1,22 +1,21 @@
 """The run directory: which run it holds, how far that run is, and what a restart may change."""
 
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
+from mcit_lightning.checkpoints import DamagedCheckpointError, check_seal
 from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.evaluation.files import write_atomic
+from mcit_lightning.evaluation.files import checked_json, read_checked_json, write_atomic
 from mcit_lightning.loading import flatten, to_yaml
+from mcit_lightning.locks import DirectoryLock
 from mcit_lightning.stages import ZERO_SHOT, Stage
 
 logger = logging.getLogger(__name__)
@@ -62,7 +61,26 @@ class RunState:
         """Index of the first stage that is not finished."""
         return len(self.steps)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunState":
+        """The content of `state.json`.
 
+        Raises:
+            ValueError: a value is of the wrong type; names it.
+            TypeError: a key is missing or unknown.
+        """
+        state = cls(**values)
+        steps = state.steps
+        if not (isinstance(steps, list) and all(type(count) is int and count >= 0 for count in steps)):
+            raise ValueError(f"steps is {steps!r}, must be a list of numbers")
+        for name, kind in (("run_id", str), ("zero_shot", bool), ("finished", bool)):
+            if type(getattr(state, name)) is not kind:
+                raise ValueError(f"{name} is {getattr(state, name)!r}")
+        return state
+
+
+CHECKPOINTS = ("final.ckpt", "last.ckpt", "previous.ckpt")
+"""Of a stage, the newest first."""
 EVALUATE_AGAIN = (
     "Delete state.json and results.json: finished stages are then evaluated again, but not trained again. "
     "Or start over with overwrite=true"
@@ -83,7 +101,7 @@ class RunDirectory:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self.root = Path(config.out or Path("runs") / config.name).absolute()
-        self._lock: IO[str] | None = None
+        self._lock = DirectoryLock(self.root)
         run_id = hashlib.sha256(to_yaml_without(config, MAY_CHANGE).encode()).hexdigest()[:12]
         if process_rank() == 0:
             self._claim()
@@ -96,7 +114,7 @@ class RunDirectory:
             state = RunState(run_id)
             if process_rank() == 0:
                 write_atomic(self.root / "config.yaml", to_yaml(config))
-                write_atomic(self.root / "state.json", json.dumps(asdict(state), indent=2))
+                write_atomic(self.root / "state.json", checked_json(asdict(state)))
         elif state.run_id != run_id:
             raise ValueError(self._changed(config))
         elif state.finished:
@@ -112,16 +130,19 @@ class RunDirectory:
 
     def final(self, stage: Stage) -> Path | None:
         """The checkpoint of the stage's finished training, if there is one."""
-        path = self.stage_folder(stage) / "final.ckpt"
-        return path if path.is_file() else None
+        return self._there(stage, "final.ckpt")
 
     def last(self, stage: Stage) -> Path | None:
-        """The checkpoint from the middle of the stage's training, if there is one."""
-        path = self.stage_folder(stage) / "last.ckpt"
-        return path if path.is_file() else None
+        """The newest checkpoint from the middle of the stage's training, if there is one."""
+        return self._there(stage, "last.ckpt") or self._there(stage, "previous.ckpt")
 
-    def drop_incomplete(self, stages: list[Stage]) -> None:
-        """Forget finished stages from the first on whose checkpoint is gone; they, and what was built on them, are done again."""
+    def prepare_to_continue(self, stages: list[Stage]) -> None:
+        """Find the newest whole checkpoint, and set back `state` to where the run goes on from it.
+
+        A damaged checkpoint is renamed, so that the one before it is used: `previous.ckpt` of the stage, or the stage before.
+        Finished stages from the first on whose final checkpoint is gone, and what was built on them, are done again.
+        """
+        self._set_aside_damaged(stages)
         for stage in stages[: self.state.stage]:
             if self.final(stage) is None:
                 later = [s for s in stages[stage.index :] if not s.reset]
@@ -131,55 +152,89 @@ class RunDirectory:
                 del self.state.steps[stage.index :]
                 if process_rank() == 0:
                     for other in later:
-                        for name in ("final.ckpt", "last.ckpt"):
+                        for name in CHECKPOINTS:
                             (self.stage_folder(other) / name).unlink(missing_ok=True)
                     self.save()
+                return
+
+    def _there(self, stage: Stage, name: str) -> Path | None:
+        path = self.stage_folder(stage) / name
+        return path if path.is_file() else None
+
+    def _set_aside_damaged(self, stages: list[Stage]) -> None:
+        """Rename damaged checkpoints from the newest back to the first whole one, from which the run goes on."""
+        for stage in reversed(stages[: self.state.stage + 1]):
+            for name in CHECKPOINTS if stage.index == self.state.stage else ("final.ckpt",):
+                path = self.stage_folder(stage) / name
+                try:
+                    check_seal(path)
+                    return
+                except FileNotFoundError:  # also if rank zero has just renamed it
+                    continue
+                except DamagedCheckpointError as error:
+                    kept = path.with_name(f"{name}.damaged")
+                    logger.warning(
+                        "%s. It is kept as %s; the run goes back to the checkpoint before it", error, kept.name
+                    )
+                    if process_rank() == 0:
+                        path.replace(kept)
+            if stage.reset:
                 return
 
     @rank_zero_only
     def save(self) -> None:
         """Write `state.json`."""
-        write_atomic(self.root / "state.json", json.dumps(asdict(self.state), indent=2))
+        write_atomic(self.root / "state.json", checked_json(asdict(self.state)))
 
     def close(self) -> None:
         """Let go of the directory."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        self._lock.release()
 
     def _claim(self) -> None:
         """Make the directory and lock it."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.root / ".lock").open("w")
+            foreign = [p.name for p in self.root.iterdir() if not _is_ours(p.name)]
+            if foreign and not (self.root / "state.json").is_file():
+                raise ValueError(
+                    f"{self.root}: is not empty and holds no run ({foreign[0]}, ...); choose another with out=DIR"
+                )
+            self._lock.acquire()
         except OSError as error:
             message = f"cannot write the run directory ({error.strerror}); choose another with out=DIR"
             raise OSError(error.errno, message, str(self.root)) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{self.root}: another process is running this experiment; wait for it or use out=DIR"
-            ) from error
-        foreign = [p.name for p in self.root.iterdir() if not _is_ours(p.name)]
-        if foreign and not (self.root / "state.json").is_file():
-            raise ValueError(
-                f"{self.root}: is not empty and holds no run ({foreign[0]}, ...); choose another with out=DIR"
+        self._clear_leftovers()
+
+    def _clear_leftovers(self) -> None:
+        """Delete half-written files of a killed process, and set aside checkpoints of Lightning's own SLURM requeue.
+
+        Lightning would load the latter, in every fit and test, in place of what the run gives it.
+        """
+        for path in [*self.root.glob("**/.*.tmp"), *self.root.glob("predictions/**/.*.part")]:
+            path.unlink(missing_ok=True)
+        for path in self.root.glob("*/hpc_ckpt_*"):
+            kept = path.with_name(f"unused_{path.name.replace('hpc_ckpt_', 'requeue_')}")
+            logger.warning(
+                "%s: the run does not use Lightning's requeue checkpoints; it is kept as %s", path, kept.name
             )
+            path.replace(kept)
 
     def _clear(self) -> None:
         """Delete what a run has written, and nothing else."""
-        for path in self.root.iterdir():
-            if _is_ours(path.name) and path.name != ".lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        own = [path for path in self.root.iterdir() if _is_ours(path.name) and path.name != ".lock"]
+        for path in sorted(
+            own, key=lambda path: path.name == "state.json"
+        ):  # it goes last: a kill must not leave half a run
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _read_state(self, *, may_be_damaged: bool) -> RunState | None:
         path = self.root / "state.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return RunState(**values)
-        except FileNotFoundError:
+        if not os.path.lexists(path):
             return None
+        try:
+            if not path.is_file():  # reading a pipe would wait for ever
+                raise ValueError("is not a file")
+            return RunState.from_dict(read_checked_json(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             if may_be_damaged:
                 return None
@@ -189,16 +244,17 @@ class RunDirectory:
         """Message that names what differs from the configuration that the directory was started with."""
         try:
             old = flatten(yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, yaml.YAMLError):
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
             old = {}
-        new = flatten(yaml.safe_load(to_yaml(config)))
+        new = flatten(yaml.safe_load(to_yaml(config))) if old else {}
         changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+            f"{key}: {old.get(key)!r:.80} -> {new.get(key)!r:.80}"
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and not _may_change(key, MAY_CHANGE)
         ]
         return (
-            f"{self.root}: holds a run of another configuration. Changed: {'; '.join(changed) or 'config.yaml is unreadable'}. "
+            f"{self.root}: holds a run of another configuration. Changed: {'; '.join(changed[:9]) or 'config.yaml is unreadable'}"
+            f"{f' and {len(changed) - 9} more' if len(changed) > 9 else ''}. "
             "Undo the change to continue it, use out=DIR for a new run, or overwrite=true to start over"
         )
 
@@ -207,28 +263,6 @@ def to_yaml_without(config: ExperimentConfig, keys: tuple[str, ...]) -> str:
     """The flattened configuration as sorted text, without the keys that may change."""
     flat = flatten(asdict(config))
     return "\n".join(f"{key}={flat[key]!r}" for key in sorted(flat) if not _may_change(key, keys))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU, without executing anything in it.
-
-    Raises:
-        ValueError: the file is damaged or not a checkpoint; the message names it and the remedy.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ... for damaged files
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path}: cannot be read as a checkpoint ({first}); delete the file, the stage is then done again"
-        ) from error
-    if not isinstance(checkpoint, dict) or "mcit" not in checkpoint:
-        raise ValueError(
-            f"{path}: is not a checkpoint of mcit_lightning; delete the file, the stage is then done again"
-        )
-    return checkpoint
 
 
 def _is_ours(name: str) -> bool:

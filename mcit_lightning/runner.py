@@ -11,9 +11,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import SealedCheckpointIO, read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.data.presence import require_files
@@ -22,8 +23,10 @@ from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
-from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory, read_checkpoint
+from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory
+from mcit_lightning.signals import STOP
 from mcit_lightning.stages import ZERO_SHOT, Stage
+from mcit_lightning.stopping import StopAtSignal, slurm_plugins
 from mcit_lightning.validation import build_strategy
 
 logger = logging.getLogger(__name__)
@@ -38,10 +41,15 @@ def run(config: ExperimentConfig) -> Results:
     Raises:
         ValueError: bad input of any kind; names file, key, value and remedy.
         OSError: the run directory cannot be written.
+        StoppedBySignal: SIGTERM or SIGUSR1 has come and what was trained is saved; the same call continues.
     """
     directory = RunDirectory(config)
     try:
-        return _Run(config, directory).execute()
+        with STOP.listening():
+            return _Run(config, directory).execute()
+    except RuntimeError:
+        STOP.check()  # a signal to a whole process group breaks what it waits for: loaders, other ranks
+        raise
     except OSError as error:
         if not str(error.filename or "").startswith(str(directory.root)):
             error.filename = str(directory.root)  # a full disk does not always name the file, or names a temporary one
@@ -82,11 +90,12 @@ class _Run:
             self._test(self._trainer(self.directory.root / ZERO_SHOT))
             state.zero_shot = True
             self.directory.save()
-        self.directory.drop_incomplete(self.stages)
+        self.directory.prepare_to_continue(self.stages)
         for stage in self.stages[state.stage :]:
             trained = self._restore(stage)
             state.steps.append(self._stage(stage, trained))
             self.directory.save()
+            STOP.check()
         state.finished = True
         self.directory.save()
         self.tensorboard.close()
@@ -102,21 +111,19 @@ class _Run:
         if trained is None:
             step = 0
             if last is not None:
-                checkpoint = self._read(
-                    last, stage, self.module.on_load_checkpoint
-                )  # structure before callbacks decide by it
+                # before callbacks decide by the structure
+                checkpoint = read_for(last, stage, self.module.load_weights)
                 step = checkpoint["global_step"]
                 logger.info("stage %s continues at step %d (%s)", stage.name, step, last)
             self.tensorboard.resume_from(step)
-            trainer.fit(self.module, datamodule=self.stream, ckpt_path=last)
-            _stop_if_told(trainer)
+            trainer.fit(self.module, datamodule=self.stream, ckpt_path=last, weights_only=True)
+            STOP.check()  # a signal in the last batch
             trained = trainer.global_step
         self._test(trainer)
         return trained
 
     def _test(self, trainer: L.Trainer) -> None:
         trainer.test(self.module, datamodule=self.stream, verbose=False)
-        _stop_if_told(trainer)
 
     def _restore(self, stage: Stage) -> int | None:
         """Bring the module to the state in which the stage starts, or in which its evaluation does.
@@ -128,27 +135,15 @@ class _Run:
             self.module.reset()
         final = self.directory.final(stage)
         if final is not None:  # killed after the training
-            return int(self._read(final, stage, self.module.load_weights)["global_step"])
+            return int(read_for(final, stage, self.module.load_weights)["global_step"])
+        if self.directory.last(stage) is not None:
+            return None
         if stage.index > 0 and not stage.reset and len(self.module.structure) == 0:  # not just trained in this process
             previous = self.stages[stage.index - 1]
             path = self.directory.final(previous)
             assert path is not None, "finished stages have one"
-            self._read(path, previous, self.module.load_weights)
+            read_for(path, previous, self.module.load_weights)
         return None
-
-    def _read(self, path: Path, stage: Stage, use: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        """Read a checkpoint of a stage and give it to the module; errors name the file and the remedy."""
-        checkpoint = read_checkpoint(path)
-        try:
-            if checkpoint["mcit"].get("stage") != stage.name:
-                raise ValueError(f"is of stage {checkpoint['mcit'].get('stage')!r}, not of {stage.name!r}")
-            use(checkpoint)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: {error}. Put the right file there, or delete it: the stage is then done again"
-            ) from error
-        logger.info("restored from %s", path)
-        return checkpoint
 
     def _trainer(self, folder: Path, epochs: int = 1) -> L.Trainer:
         """A fresh Trainer with fresh callbacks.
@@ -157,13 +152,14 @@ class _Run:
             ValueError: Lightning refuses a value of the `trainer` section, or a callback one of its arguments.
         """
         try:
-            callbacks = [target(**kwargs) for target, kwargs in self._callback_nodes()]
+            callbacks = [StopAtSignal(), *(target(**kwargs) for target, kwargs in self._callback_nodes())]
             arguments: dict[str, Any] = {
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
                 **self.config.trainer,
                 "precision": self.precision,
                 "strategy": build_engine(self.config.trainer, find_unused=self.find_unused),
+                "plugins": [SealedCheckpointIO(), *slurm_plugins()],
             }
             if arguments.get("enable_progress_bar") is False:
                 callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
@@ -207,7 +203,23 @@ class _Run:
         )
 
 
-def _stop_if_told(trainer: L.Trainer) -> None:
-    """A SIGTERM that came with the last batch: Lightning has noted it, but only acts at the next."""
-    if trainer.received_sigterm:
-        raise SIGTERMException
+def read_for(path: Path, stage: Stage, use: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Read a checkpoint of a stage and give it to `use`.
+
+    Raises:
+        ValueError: it cannot be read, is of another stage, or does not fit; names the file and the remedy.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        if checkpoint["mcit"].get("stage") != stage.name:
+            raise ValueError(f"is of stage {checkpoint['mcit'].get('stage')!r}, not of {stage.name!r}")
+        checkpoint["global_step"] = int(checkpoint["global_step"])
+        use(checkpoint)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError) as error:
+        # its checksum is right, so another program or version wrote what does not fit
+        what = str(error) if isinstance(error, ValueError) else f"does not fit ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"{path}: {what}. Put the right file there, or delete it: the stage is then done again"
+        ) from error
+    logger.info("restored from %s", path)
+    return checkpoint

@@ -26,6 +26,7 @@ RUNNER_SETS = {
     "max_epochs": "use tasks.<name>.epochs",
     "max_steps": "use tasks.<name>.epochs or data.limit_train",
     "max_time": "stop the run and start the same command again instead",
+    "plugins": "the runner sets those for checkpoints and clusters",
     "use_distributed_sampler": "the data module shards by itself",
     "fast_dev_run": "use data.limit_train and data.limit_test; the run would count as finished",
     "overfit_batches": "use data.limit_train",
@@ -96,7 +97,10 @@ def _callbacks(config: ExperimentConfig, strategy: ContinualStrategy) -> None:
     for index, node in enumerate(config.callbacks):
         target, kwargs = split_node(node, f"callbacks[{index}]")
         if not (inspect.isclass(target) and issubclass(target, L.Callback)):
-            raise ValueError(f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback")
+            raise ValueError(
+                f"callbacks[{index}]._target_: {node['_target_']!r} is not a lightning Callback; name one, such as "
+                "callbacks.StageCheckpoint"
+            )
         check_arguments(target, kwargs, f"callbacks[{index}]")
         classes.append(target)
     if not any(issubclass(cls, Checkpoint) for cls in classes):
@@ -165,8 +169,8 @@ def _ranges(config: ExperimentConfig) -> None:
                 )
             positive[f"tasks.{name}.published_rows.{split}"] = rows
     for key, value in positive.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"{key}: is {value}, must be greater than 0")
+        if value is not None and not 0 < value < float("inf"):  # nan is neither
+            raise ValueError(f"{key}: is {value}, must be a finite number greater than 0")
     if not 0 < config.data.fraction <= 1:
         raise ValueError(f"data.fraction: is {config.data.fraction}, must be in (0, 1]")
     if not 0 <= config.seed < 2**32:

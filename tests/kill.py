@@ -1,12 +1,16 @@
-"""A callback that ends the process's work at a chosen point, as a kill would."""
+"""A callback that ends the process's work at a chosen point, as a kill would, or sends it a signal there."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
 POINT: tuple[Any, ...] | None = None
-"""Where to stop next: ("batch", stage, index), ("epoch", stage, index), ("end", stage), ("test", stage, batch) or None."""
+"""Where to stop next: ("batch", stage, index), ("epoch", stage, index), ("end", stage), ("test", stage, batch)
+or ("setup", stage); None for nowhere."""
+SIGNUM: int | None = None
+"""Signal to send there; None to stop as SIGKILL does."""
 
 
 class Killed(BaseException):
@@ -14,7 +18,11 @@ class Killed(BaseException):
 
 
 class KillAt(L.Callback):
-    """Raises `Killed` when training or evaluation comes to `POINT`, once."""
+    """Acts when training or evaluation comes to `POINT`, once."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._kill("setup", pl_module.stage.index)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._kill("batch", pl_module.stage.index, trainer.fit_loop.epoch_loop.total_batch_idx)
@@ -35,4 +43,6 @@ class KillAt(L.Callback):
         global POINT
         if here == POINT:
             POINT = None
-            raise Killed(str(here))
+            if SIGNUM is None:
+                raise Killed(str(here))
+            os.kill(os.getpid(), SIGNUM)

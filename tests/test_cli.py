@@ -111,6 +111,23 @@ def test_only_a_run_says_that_it_continues(monkeypatch: pytest.MonkeyPatch, capl
     assert main(["smoke"]) == 130 and "continues the run" in caplog.text
 
 
+def test_too_little_gpu_memory_is_one_line_with_remedies(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from mcit_lightning.commands import run
+
+    def full(options: object) -> int:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
+        )
+
+    monkeypatch.setattr(run, "command", full)
+    assert main(["smoke"]) == 1
+    assert "CUDA out of memory; in training lower data.batch_size" in caplog.text and "Tried" not in caplog.text
+
+
 def test_predictions_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"question_id": str(n), "text": text, "answer": "red"} for n, text in enumerate(("red", "Red.", "blue", ""))
@@ -123,7 +140,7 @@ def test_predictions_are_scored(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sent", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("sent", "status", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")]
 )
 def test_signals_say_that_the_run_continues(
     smoke_root: Path, tmp_path: Path, sent: signal.Signals, status: int, word: str

@@ -18,8 +18,10 @@ CALLBACKS = (
 )
 
 
-def command(smoke_root: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start the command line on the smoke experiment."""
+def command(
+    smoke_root: Path, out: Path, *overrides: str, launch: tuple[str, ...] = ("-m", "mcit_lightning")
+) -> subprocess.Popen[str]:
+    """Start the command line on the smoke experiment, in a process group of its own."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     environment = {
         **os.environ,
@@ -39,7 +41,8 @@ def command(smoke_root: Path, out: Path, *overrides: str) -> subprocess.Popen[st
         *overrides,
     ]
     return subprocess.Popen(
-        [sys.executable, "-m", "mcit_lightning", "smoke", *arguments],
+        [sys.executable, *launch, "smoke", *arguments],
+        start_new_session=True,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -63,10 +63,6 @@ def test_a_stage_whose_checkpoint_is_lost_is_done_again(
     monkeypatch.setattr(kill, "POINT", ("batch", 2, 2))
     with pytest.raises(kill.Killed):
         run(config)
-    (tmp_path / "run/stage_02/final.ckpt").write_bytes(b"cut short")
-    (tmp_path / "run/stage_03/last.ckpt").unlink()
-    with pytest.raises(ValueError, match=r"stage_02/final\.ckpt: cannot be read.*delete the file"):
-        run(config)
     (tmp_path / "run/stage_02/final.ckpt").unlink()
     run(config)
     left, right = adapters(uninterrupted), adapters(tmp_path / "run")
@@ -161,7 +157,7 @@ def test_a_second_run_in_the_same_directory_is_refused(
     RunDirectory(config).close()
 
 
-def test_a_damaged_or_foreign_checkpoint_is_one_clear_error(
+def test_a_foreign_checkpoint_is_one_clear_error(
     experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = experiment(tmp_path / "run", "zero_shot=false")
@@ -170,9 +166,6 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_error(
         run(config)
     last = tmp_path / "run" / "stage_01" / "last.ckpt"
     good = last.read_bytes()
-    last.write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match=r"last\.ckpt: cannot be read.*delete the file"):
-        run(config)
     last.write_bytes((uninterrupted / "stage_01" / "final.ckpt").read_bytes())
     with pytest.raises(ValueError, match=r"belongs to run"):
         run(config)
@@ -180,9 +173,25 @@ def test_a_damaged_or_foreign_checkpoint_is_one_clear_error(
     run(config)
 
 
-def test_a_damaged_state_is_one_clear_error(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "",
+        "[]",
+        "null",
+        "{}",
+        '{"run_id": 3}',
+        '{"run_id": "x", "steps": [-1]}',
+        '{"run_id": "x", "steps": "12"}',
+        "\0",
+    ],
+)
+def test_a_damaged_state_is_one_clear_error(
+    text: str, experiment: Callable[..., ExperimentConfig], tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "state.json").write_text("{")
+    (tmp_path / "run" / "state.json").write_text(text)
     with pytest.raises(
         ValueError, match=r"state\.json: is damaged.*Delete state.json and results.json.*overwrite=true"
     ):

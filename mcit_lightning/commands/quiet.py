@@ -2,7 +2,9 @@
 
 import logging
 import sys
+import threading
 import warnings
+from typing import Any
 
 
 def one_line_an_event() -> None:
@@ -18,6 +20,7 @@ def quiet_libraries() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "httpx", "datasets", "PIL", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)
+    threading.excepthook = _thread_error
     for message in (
         ".*does not have many workers.*",
         ".*module.s. in eval mode at the start of training.*",  # a frozen vision tower is meant to be
@@ -26,3 +29,9 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.*",  # from inside Lightning
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _thread_error(args: Any) -> None:
+    """TensorBoard's writer gives its errors (a full disk) to the main thread too, where they are reported."""
+    if not type(args.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(args)

@@ -36,9 +36,10 @@ def command(options: argparse.Namespace) -> int:
     for root, results, text, settings in loaded:
         try:
             page = write_report(root, results, text, TestPictures(settings))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(
-                f"{root}: its results.json or predictions are not as a run writes them ({type(error).__name__}: {error}). "
+                f"{root}: its results.json, config.yaml or predictions are not as a run writes them "
+                f"({type(error).__name__}: {error}). "
                 "Restore them from a copy; MCIT_DEBUG=1 shows where"
             ) from error
         console.print(str(page))
@@ -78,8 +79,8 @@ def read_settings(root: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         content = yaml.safe_load(text) or {}
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        first = "nested too deeply" if isinstance(error, RecursionError) else str(error).strip().splitlines()[0]
         raise ValueError(f"{path}: cannot be read as YAML ({first}). Restore it from a copy, or remove it") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no mapping of keys to values. Restore it from a copy, or remove it")

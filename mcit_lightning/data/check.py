@@ -170,7 +170,7 @@ class RowCheck:
             others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             raise Place(self.source, self._key, row).error(
                 "`image`",
-                f"names {name!r}, but there is no file {path}{others}",
+                f"names {name!r:.200}, but there is no file {path:.500}{others}",
                 f"Correct {key} or data.root ({root}), or add the images.",
             )
 

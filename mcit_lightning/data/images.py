@@ -1,10 +1,14 @@
 """Finding and opening image files."""
 
 import os
+from functools import cache
 
 from PIL import Image, UnidentifiedImageError
 
 from mcit_lightning.data.records import ImageSource, Sample
+
+OUTSIDE = ("EPS", "WMF")
+"""Formats that Pillow has another program read; they are not opened."""
 
 Listings = dict[str, list[frozenset[str]]]
 
@@ -46,6 +50,23 @@ def _entries(folder: str) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset()
 
 
+def open_picture(path: str | os.PathLike[str]) -> Image.Image:
+    """`Image.open` for a file from data: no pipe, on which it would wait for ever, and nothing that runs another program.
+
+    Raises:
+        OSError: there is no such file, or it is no picture.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no such file" if not os.path.lexists(path) else "it is not a file")
+    return Image.open(path, formats=_formats())
+
+
+@cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in OUTSIDE]
+
+
 def load_image(source: ImageSource, sample: Sample) -> Image.Image:
     """Decode one image of `sample` as RGB.
 
@@ -55,7 +76,7 @@ def load_image(source: ImageSource, sample: Sample) -> Image.Image:
     try:
         if not isinstance(source, str):
             return source.open().convert("RGB")
-        with Image.open(source) as image:
+        with open_picture(source) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, zlib and struct errors
         # PIL names the file, which inside a dataset is an object in memory.

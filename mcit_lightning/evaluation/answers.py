@@ -59,7 +59,7 @@ def read_answers(path: Path) -> list[Answer]:
 
     read_file(path, "json" if start[:1] == b"[" else "jsonl", key, visit)
     if not answers:
-        raise ValueError(f"{path}: holds no predictions.")
+        raise ValueError(f"{path}: holds no predictions. Give the file that a run or another tool wrote.")
     return answers
 
 

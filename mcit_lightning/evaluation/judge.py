@@ -136,7 +136,9 @@ def fill_table(
             reader = csv.DictReader(file, delimiter="\t")
             names, rows = list(reader.fieldnames or []), list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"template: {template} is no table of tab-separated values in UTF-8: {error}") from error
+        raise ValueError(
+            f"template: {template} is no table of tab-separated values in UTF-8: {error}. Save it as one."
+        ) from error
     for name in {**columns, **otherwise}:
         if name not in names:
             if name not in columns:
@@ -147,7 +149,8 @@ def fill_table(
         position = str(answer.id).removeprefix(prefix)
         if not position.isdecimal() or int(position) >= len(rows):
             raise ValueError(
-                f"the prediction of {answer.id!r} belongs to no row of {template}: ids are {prefix}0 to {prefix}{len(rows) - 1}"
+                f"the prediction of {answer.id!r} belongs to no row of {template}, whose {len(rows)} rows have ids from "
+                f"{prefix}0 on. Give the table and the predictions of one benchmark."
             )
         texts[int(position)] = answer.text
     out = io.StringIO()

@@ -2,12 +2,11 @@
 
 import csv
 import io
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from mcit_lightning.evaluation.files import write_atomic
+from mcit_lightning.evaluation.files import checked_json, read_checked_json, write_atomic
 from mcit_lightning.evaluation.transfer import TransferMatrix
 
 RESULTS_FILE = "results.json"
@@ -151,7 +150,8 @@ class Results:
         """
         path = root / RESULTS_FILE
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_checked_json(path.read_text(encoding="utf-8"))
+            _check_types(values)
             newer = sorted({key for row in values["cost"] for key in row} - {known.name for known in fields(CostRow)})
         except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
             raise _damaged(path, error) from error
@@ -186,9 +186,7 @@ class Results:
         Raises:
             OSError: the disk is full or not writable; the old files are then still there.
         """
-        write_atomic(
-            root / RESULTS_FILE, json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        )
+        write_atomic(root / RESULTS_FILE, checked_json(self.to_dict()))
         write_atomic(root / MATRIX_FILE, self.to_csv())
 
     def to_csv(self) -> str:
@@ -202,6 +200,30 @@ class Results:
         for name, scores in rows:
             writer.writerow([name, *("" if score is None else f"{score:.4f}" for score in scores)])
         return out.getvalue()
+
+
+_TYPES: dict[str, Any] = {
+    "experiment": str,
+    "strategy": str,
+    "backbone": str,
+    "seed": int,
+    "tasks": list,
+    "metrics": dict,
+    "routing": dict | None,
+    "allocation": dict,
+    "modules": dict,
+    "freezing": dict,
+    "cost": list,
+    "notes": dict,
+}
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    for key, kind in _TYPES.items():
+        if key in values and not isinstance(values[key], kind):
+            raise TypeError(f"{key} is {values[key]!r:.80}")
+    if not all(isinstance(row, dict) for row in values["cost"]):
+        raise TypeError(f"cost is {values['cost']!r:.80}")
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

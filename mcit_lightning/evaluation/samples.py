@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from mcit_lightning.data.images import open_picture
 from mcit_lightning.evaluation.predictions import read_predictions
 from mcit_lightning.evaluation.results import Results
 
@@ -58,9 +59,9 @@ def choose_samples(root: Path, results: Results, task: str) -> list[Sample]:
 def thumbnail(source: Path | Image.Image, *, side: int = 176) -> str | None:
     """A small copy of a picture as a data URI; None if the file is missing or no picture."""
     try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        picture = source if isinstance(source, Image.Image) else open_picture(source)
         small = picture.convert("RGBA")
-    except OSError:
+    except Exception:  # decoders raise OSError, SyntaxError, ValueError, zlib and struct errors
         return None
     small.thumbnail((side, side))
     page = Image.new("RGB", small.size, "white")

@@ -54,10 +54,10 @@ def find_problem(root: Path, fingerprint: Mapping[str, Any]) -> str | None:
     """Say why `root` has to be (re)built, or None if every file is as it was written."""
     try:
         manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
-        format_version, written_for, files = manifest["format"], manifest["fingerprint"], manifest["files"]
+        format_version, written_for, files = manifest["format"], manifest["fingerprint"], dict(manifest["files"])
     except FileNotFoundError:
         return "nothing there yet"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return f"{MANIFEST} is unreadable"
     if format_version != FORMAT_VERSION:
         return f"format {format_version} instead of {FORMAT_VERSION}"

@@ -1,0 +1,113 @@
+"""Kills, signals, full disks and second runs in whole processes. Slow; `docs/robustness.md` says what they prove."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from test_distributed import TESTS, command, dumps, finish
+
+from mcit_lightning.locks import DirectoryLock
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("devices", "workers", "kills"), [(1, 0, 30), (2, 0, 30), (1, 2, 10)])
+def test_killed_again_and_again_ends_with_the_same_results(devices: int, workers: int, kills: int) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    arguments = ["--kills", str(kills), "--devices", str(devices), "--workers", str(workers), "--seed", "1"]
+    done = subprocess.run(
+        [sys.executable, str(TESTS / "kill_loop.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{kills} kills of {devices} process(es)" in done.stdout
+    places = re.findall(r"stage_\d\d (?:start|training|evaluation)", done.stdout)
+    assert len(places) >= 4, done.stdout
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 300
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("devices", "workers", "sent", "group"),
+    [
+        (1, 0, signal.SIGTERM, False),
+        (2, 0, signal.SIGTERM, False),
+        (2, 1, signal.SIGUSR1, True),
+        (1, 2, signal.SIGTERM, True),
+    ],
+)
+def test_a_signal_to_one_process_or_all_of_them_stops_the_run_cleanly(
+    devices: int, workers: int, sent: signal.Signals, group: bool, smoke_root: Path, tmp_path: Path
+) -> None:
+    settings = (
+        f"trainer.devices={devices}",
+        f"data.num_workers={workers}",
+        "data.batch_size=2",
+        "tasks.shapes.epochs=6",
+    )
+    process = command(smoke_root, tmp_path / "run", *settings, "zero_shot=false")
+    wait_for(tmp_path / "run/stage_02/last.ckpt", process)
+    os.killpg(process.pid, sent) if group else process.send_signal(sent)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 128 + sent, output
+    assert f"stopped by {sent.name}; the same command continues the run" in output and "Traceback" not in output
+    assert (tmp_path / "run/stage_02/last.ckpt").exists() and not (tmp_path / "run/stage_02/final.ckpt").exists()
+    assert "continues at step" in finish(command(smoke_root, tmp_path / "run", *settings, "zero_shot=false"))
+    finish(command(smoke_root, tmp_path / "whole", *settings, "zero_shot=false"))
+    assert dumps(tmp_path / "dump_whole") == dumps(tmp_path / "dump_run")
+
+
+@pytest.mark.parametrize(
+    "launch", [("-m", "mcit_lightning"), ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mcit_lightning")]
+)
+def test_a_second_run_is_refused(launch: tuple[str, ...], smoke_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = DirectoryLock(tmp_path / "run")
+    lock.acquire()
+    process = command(smoke_root, tmp_path / "run", "trainer.devices=2", launch=launch)
+    output, _ = process.communicate(timeout=300)
+    lock.release()
+    assert process.returncode in (1, 2) and "another process is running this experiment" in output
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that a test may fill."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip("mounting needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize("kib", [8, 60, 200])
+def test_a_full_disk_is_one_line_and_the_run_continues(kib: int, smoke_root: Path, small_disk: Path) -> None:
+    resize = ["mount", "-o", f"remount,size={kib}k", str(small_disk)]
+    subprocess.run(resize, check=True)
+    process = command(smoke_root, small_disk / "run")
+    output, _ = process.communicate(timeout=300)
+    lines = [line for line in output.splitlines() if "ERROR" in line]
+    assert process.returncode == 3 and len(lines) == 1 and "Traceback" not in output, output
+    assert "No space left on device" in lines[0] and "the run continues" in lines[0]
+    assert not list(small_disk.rglob("*.tmp"))
+    subprocess.run([*resize[:2], "remount,size=20m", str(small_disk)], check=True)
+    finish(command(smoke_root, small_disk / "run"))
