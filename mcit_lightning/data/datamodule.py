@@ -210,7 +210,7 @@ class ContinualDataModule(L.LightningDataModule):
         """Training rows of the current stage, each counted once."""
         return sum(len(self._splits[task, "train"]) for task in self.stage.train)
 
-    def probe_loader(self, count: int) -> DataLoader[Any]:
+    def probe_loader(self, count: int, batch_size: int | None = None) -> DataLoader[Any]:
         """This process's share of a fixed random sample of the stage's training rows, for probes and routers.
 
         The sample depends on the experiment's seed and the stage alone; position `i` belongs to rank `i % world_size`, and
@@ -218,6 +218,7 @@ class ContinualDataModule(L.LightningDataModule):
 
         Args:
             count: rows over all processes.
+            batch_size: samples per batch; None for the stage's.
         """
         stage = self.stage
         dataset = StageData([self._splits[task, "train"] for task in stage.train], [1] * len(stage.train))
@@ -225,7 +226,7 @@ class ContinualDataModule(L.LightningDataModule):
         chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
         return DataLoader(
             Subset(dataset, chosen[self._rank :: self._world_size]),
-            batch_size=self.batch_size(stage),
+            batch_size=batch_size or self.batch_size(stage),
             collate_fn=self.train_collator,
             worker_init_fn=init_worker,
             generator=torch.Generator().manual_seed(0),

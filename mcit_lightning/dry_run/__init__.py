@@ -50,6 +50,7 @@ def plan(config: ExperimentConfig) -> Plan:
         ValueError: a configured target matches nothing in the model.
     """
     strategy = build_strategy({key: value for key, value in config.strategy.items() if key != KEY_ENCODER})
+    strategy.tunes_projector = config.backbone.train_projector
     stages = strategy.stages(config.order)
     devices = planned_devices(config.trainer)
     inventory = take_inventory(config)

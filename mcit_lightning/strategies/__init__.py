@@ -5,6 +5,7 @@ from mcit_lightning.strategies.bounds import Individual, Joint, ZeroShot
 from mcit_lightning.strategies.branchlora import BranchLoRA, BranchLoRAConfig
 from mcit_lightning.strategies.dmole import DMoLE
 from mcit_lightning.strategies.dmole_config import DMoLEConfig
+from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
@@ -15,11 +16,13 @@ __all__ = [
     "ContinualStrategy",
     "DMoLE",
     "DMoLEConfig",
+    "EWCConfig",
     "Individual",
     "Joint",
     "LoRAConfig",
     "MoELoRA",
     "MoELoRAConfig",
+    "OnlineEWC",
     "Sequential",
     "StrategyConfig",
     "ZeroShot",

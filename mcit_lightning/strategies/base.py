@@ -39,6 +39,7 @@ class ContinualStrategy(nn.Module):
         super().__init__()
         self.config = config
         self.seed = 0  # the module sets the experiment's seed; new adapters draw their initial values from it
+        self.tunes_projector = False  # the module says whether it trains the projector beside what `trainable` yields
 
     @classmethod
     def stages(cls, tasks: list[str]) -> list[Stage]:
@@ -122,6 +123,25 @@ class ContinualStrategy(nn.Module):
         None where the strategy does not route, or had nothing to route to.
         """
         return None
+
+    def review_samples(self, rows: int) -> int:
+        """How many of a stage's training samples `review` is to see at its end, over all ranks; 0 for none.
+
+        Args:
+            rows: training samples of the stage.
+        """
+        return 0
+
+    def review(self, towers: Towers, batch: Batch, stage: Stage) -> None:
+        """Look at one training sample of the stage again, before `end_task`; needed where `review_samples` is not 0.
+
+        The model is in evaluation mode, what the stage has trained still requires gradients, and each rank has its share of the
+        samples. Take gradients with `torch.autograd.grad`, which leaves DDP alone, and sum over ranks in `end_task`.
+
+        Args:
+            batch: a training batch of size one.
+        """
+        raise NotImplementedError
 
     def end_task(self, towers: Towers, stage: Stage) -> FreezeRecord | None:
         """Consolidate after a stage's training, and say what freezes for ever, if anything."""

@@ -1,0 +1,84 @@
+"""Tensors beside a model's tuned parameters: copies of their values, or their importance for earlier tasks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mcit_lightning.towers import Towers
+
+
+def tuned_parameters(towers: Towers, *, projector: bool) -> dict[str, nn.Parameter]:
+    """Parameters that are tuned through all tasks, by their names in the model: all adapters, and the projector if it trains.
+
+    Args:
+        projector: whether the projector trains (`ContinualStrategy.tunes_projector`).
+    """
+    found = {
+        f"{path}.{name}": parameter
+        for path, layer in towers.adapters.items()
+        for name, parameter in layer.adapter_parameters()
+    }
+    if projector:
+        named = towers.model.named_parameters()
+        found.update({name: parameter for name, parameter in named if towers.tower_of(name) == "projector"})
+    return found
+
+
+class ParameterTable(nn.Module):
+    """A tensor for each of some parameters of a model, by the parameters' names.
+
+    The tensors are buffers, so nothing trains them, they go where the strategy goes, and they are saved with it. Make the rows
+    in `grow`: a checkpoint is loaded into the rows that replay has made.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[str] = []
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        """Set a row to a copy of `value`; one that exists keeps its place."""
+        if name in self.rows:
+            self.get_buffer(_key(name)).copy_(value.detach())
+        else:
+            self.rows.append(name)
+            self.register_buffer(_key(name), value.detach().clone())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(_key(name))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors, in the order in which they were made."""
+        for name in self.rows:
+            yield name, self[name]
+
+    @contextmanager
+    def in_place(self, model: nn.Module) -> Iterator[None]:
+        """Context in which the model's parameters have the table's values; run it without gradients."""
+        live = {name: model.get_parameter(name) for name in self.rows}
+        kept = {name: parameter.data for name, parameter in live.items()}
+        try:
+            for name, parameter in live.items():
+                parameter.data = self[name]
+            yield
+        finally:
+            for name, parameter in live.items():
+                parameter.data = kept[name]
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The tensor, summed in place over all processes; collective where there are several."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a buffer's name may not hold a dot
