@@ -61,13 +61,22 @@ class ParameterTable(nn.Module):
 
     @contextmanager
     def in_place(self, model: nn.Module) -> Iterator[None]:
-        """Context in which the model's parameters have the table's values; run it without gradients."""
+        """Context without gradients in which the model's parameters have the table's values."""
         live = {name: model.get_parameter(name) for name in self.rows}
         kept = {name: parameter.data for name, parameter in live.items()}
+        kind = next(iter(kept.values())).device.type if kept else "cpu"
+        # autocast keeps the casts that it has made of a parameter, and would go on with them after the values have changed
+        autocast = torch.autocast(
+            kind,
+            enabled=torch.is_autocast_enabled(kind),
+            dtype=torch.get_autocast_dtype(kind),
+            cache_enabled=False,
+        )
         try:
             for name, parameter in live.items():
                 parameter.data = self[name]
-            yield
+            with torch.no_grad(), autocast:
+                yield
         finally:
             for name, parameter in live.items():
                 parameter.data = kept[name]

@@ -6,6 +6,7 @@ from mcit_lightning.strategies.branchlora import BranchLoRA, BranchLoRAConfig
 from mcit_lightning.strategies.dmole import DMoLE
 from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
+from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
@@ -20,6 +21,8 @@ __all__ = [
     "Individual",
     "Joint",
     "LoRAConfig",
+    "LwF",
+    "LwFConfig",
     "MoELoRA",
     "MoELoRAConfig",
     "OnlineEWC",
