@@ -27,6 +27,7 @@ class Steps:
         self.stages: list[Stage] = strategy.stages(TASKS)
         self.module = MCITModule(load_backbone(config.backbone), strategy, config)
         self.stream = ContinualDataModule(config, self.module.processor, self.stages)
+        self.stream.replay = strategy.replay
         self.strategy: Any = strategy
         self.towers = self.module.towers
 

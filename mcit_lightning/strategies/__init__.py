@@ -8,6 +8,7 @@ from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
+from mcit_lightning.strategies.replay import ExperienceReplay, ReplayConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DMoLE",
     "DMoLEConfig",
     "EWCConfig",
+    "ExperienceReplay",
     "Individual",
     "Joint",
     "LoRAConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "MoELoRA",
     "MoELoRAConfig",
     "OnlineEWC",
+    "ReplayConfig",
     "Sequential",
     "StrategyConfig",
     "ZeroShot",

@@ -1,12 +1,13 @@
 """The interface that a continual-learning method implements. A new method is one file with one subclass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mcit_lightning.data.replay import Replay
 from mcit_lightning.loss import Batch, LossOutput, answer_loss
 from mcit_lightning.plans import FreezeRecord, TaskPlan
 from mcit_lightning.registry import Registry
@@ -81,6 +82,17 @@ class ContinualStrategy(nn.Module):
             for _, parameter in layer.adapter_parameters():
                 yield parameter
         yield from self.parameters()
+
+    def replay(self, stage: Stage, rows: Mapping[str, int]) -> Replay:
+        """Training samples of earlier tasks that the stage mixes with its own; default: none.
+
+        Must depend on its arguments and the configuration alone: the data module asks on every rank, and again after an
+        interruption.
+
+        Args:
+            rows: tasks of earlier stages, in order -> their training samples.
+        """
+        return Replay()
 
     def loss(self, model: nn.Module, batch: Batch, stage: Stage) -> LossOutput:
         """Training loss of a batch; default: cross-entropy on the answer tokens."""
