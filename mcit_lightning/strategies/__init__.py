@@ -8,6 +8,7 @@ from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
+from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
 from mcit_lightning.strategies.replay import ExperienceReplay, ReplayConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
@@ -27,6 +28,8 @@ __all__ = [
     "LwFConfig",
     "MoELoRA",
     "MoELoRAConfig",
+    "OLoRA",
+    "OLoRAConfig",
     "OnlineEWC",
     "ReplayConfig",
     "Sequential",
