@@ -9,6 +9,7 @@ from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
+from mcit_lightning.strategies.reglora import RegLoRA, RegLoRAConfig
 from mcit_lightning.strategies.replay import ExperienceReplay, ReplayConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
@@ -31,6 +32,8 @@ __all__ = [
     "OLoRA",
     "OLoRAConfig",
     "OnlineEWC",
+    "RegLoRA",
+    "RegLoRAConfig",
     "ReplayConfig",
     "Sequential",
     "StrategyConfig",
