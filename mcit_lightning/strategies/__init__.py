@@ -6,6 +6,7 @@ from mcit_lightning.strategies.branchlora import BranchLoRA, BranchLoRAConfig
 from mcit_lightning.strategies.dmole import DMoLE
 from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
+from mcit_lightning.strategies.hide import HiDeConfig, HiDeLLaVA
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
@@ -22,6 +23,8 @@ __all__ = [
     "DMoLEConfig",
     "EWCConfig",
     "ExperienceReplay",
+    "HiDeConfig",
+    "HiDeLLaVA",
     "Individual",
     "Joint",
     "LoRAConfig",
