@@ -6,13 +6,13 @@ sample S of the task, L(x) being the mean cross-entropy of x's answer tokens.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mcit_lightning.loss import Batch, sample_losses
 from mcit_lightning.towers import Towers
+from mcit_lightning.weight_gradients import adding_gradients
 
 
 def gradient_scores(
@@ -28,9 +28,8 @@ def gradient_scores(
 ) -> dict[str, float]:
     """Gradient norms of linears of the pretrained model (adapters are left out, nothing is changed).
 
-    A weight's gradient is added up in float32 as soon as it arrives and then freed, so the extra memory is one float32 copy of
-    the candidates plus a single gradient, however many other parameters the model has. Samples are weighted alike whatever
-    batch or process they are in, so the result does not depend on either, up to rounding.
+    The extra memory is one float32 copy of the candidates plus a single gradient (see `adding_gradients`). Samples are weighted
+    alike whatever batch or process they are in, so the result does not depend on either, up to rounding.
 
     Args:
         paths: modules to score, adapted or not.
@@ -51,27 +50,12 @@ def gradient_scores(
         if bias and module.bias is not None:
             parameters[path, "bias"] = module.bias  # type: ignore[assignment]
     sums: dict[tuple[str, str], Tensor] = {}
-    hooks: list[Any] = []
-    trained = [parameter for parameter in towers.model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_collect(sums, key, offload)))
-        with towers.pretrained():
-            for batch in batches:
-                with context():
-                    loss = sample_losses(towers.model, batch).sum() / samples
-                if loss.requires_grad:
-                    loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with adding_gradients(towers.model, parameters, sums, offload=offload), towers.pretrained():
+        for batch in batches:
+            with context():
+                loss = sample_losses(towers.model, batch).sum() / samples
+            if loss.requires_grad:
+                loss.backward()
     scores = dict.fromkeys(paths, 0.0)
     for key, parameter in parameters.items():
         # a process without a sample, or a tower that no sample reached, has no gradient but takes part in the sum
@@ -79,18 +63,3 @@ def gradient_scores(
         total = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total.to(parameter.device)
         scores[key[0]] += float(reduce(total).norm())
     return scores
-
-
-def _collect(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], offload: bool) -> Callable[[Tensor], None]:
-    """A hook that moves a parameter's gradient into the sums."""
-
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.to("cpu" if offload else parameter.device, torch.float32)
-        parameter.grad = None
-        if key in sums:
-            sums[key] += gradient
-        else:
-            sums[key] = gradient
-
-    return hook

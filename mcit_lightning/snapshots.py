@@ -1,7 +1,8 @@
 """Tensors beside a model's tuned parameters: copies of their values, or their importance for earlier tasks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +31,24 @@ class ParameterTable(nn.Module):
     """A tensor for each of some parameters of a model, by the parameters' names.
 
     The tensors are buffers, so nothing trains them, they go where the strategy goes, and they are saved with it. Make the rows
-    in `grow`: a checkpoint is loaded into the rows that replay has made.
+    in `grow`: a checkpoint is loaded into the rows that replay has made, which take on the shapes of what is loaded.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[str] = []
+        self.register_load_state_dict_pre_hook(_take_shapes)
 
     def __setitem__(self, name: str, value: Tensor) -> None:
-        """Set a row to a copy of `value`; one that exists keeps its place."""
-        if name in self.rows:
-            self.get_buffer(_key(name)).copy_(value.detach())
-        else:
+        """Set a row to a copy of `value`; one that exists keeps its place among the others, and its data type."""
+        value = value.detach()
+        if name not in self.rows:
             self.rows.append(name)
-            self.register_buffer(_key(name), value.detach().clone())
+            self.register_buffer(_key(name), value.clone())
+        elif self[name].shape == value.shape:
+            self[name].copy_(value)
+        else:
+            setattr(self, _key(name), value.to(self[name], copy=True))
 
     def __getitem__(self, name: str) -> Tensor:
         return self.get_buffer(_key(name))
@@ -87,6 +92,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def _take_shapes(table: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: rows of another shape make room for it."""
+    assert isinstance(table, ParameterTable)
+    for name in table.rows:
+        saved = state.get(prefix + _key(name))
+        if saved is not None and saved.shape != table[name].shape:
+            setattr(table, _key(name), table[name].new_empty(saved.shape))
 
 
 def _key(name: str) -> str:

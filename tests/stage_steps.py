@@ -37,6 +37,12 @@ class Steps:
         self.stream.stage = index
         self.module.grow(self.strategy.plan(stage, self.towers))
         self.module.requires_grad_(False)
+        self.module.eval()
+        samples = self.strategy.preview_samples(self.stream.train_rows)
+        if samples:
+            for batch in self.stream.probe_loader(samples):
+                self.strategy.preview(self.towers, batch, stage)
+        self.strategy.begin_task(self.towers, stage)
         trained = list(self.strategy.trainable(self.towers, stage))
         if self.strategy.tunes_projector:
             trained += [p for path in self.towers.projector for p in self.module.model.get_submodule(path).parameters()]
@@ -67,7 +73,7 @@ class Steps:
         self.module.eval()
         samples = self.strategy.review_samples(self.stream.train_rows)
         if samples:
-            for batch in self.stream.probe_loader(samples, batch_size=1):
+            for batch in self.stream.probe_loader(samples, self.strategy.review_batch_size):
                 self.strategy.review(self.towers, batch, stage)
         record = self.strategy.end_task(self.towers, stage)
         if record is not None:

@@ -7,6 +7,7 @@ from mcit_lightning.strategies.dmole import DMoLE
 from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
 from mcit_lightning.strategies.hide import HiDeConfig, HiDeLLaVA
+from mcit_lightning.strategies.keeplora import KeepLoRA, KeepLoRAConfig
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
@@ -27,6 +28,8 @@ __all__ = [
     "HiDeLLaVA",
     "Individual",
     "Joint",
+    "KeepLoRA",
+    "KeepLoRAConfig",
     "LoRAConfig",
     "LwF",
     "LwFConfig",

@@ -35,6 +35,8 @@ class ContinualStrategy(nn.Module):
     """Dataclass with the hyper-parameters; checks ranges in `__post_init__` with ValueError."""
     uses_all_parameters: bool = True
     """Every trainable parameter gets a gradient in every step. False makes DDP look for unused ones."""
+    review_batch_size: ClassVar[int | None] = None
+    """Samples per batch in `review`; None for the stage's."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -136,6 +138,25 @@ class ContinualStrategy(nn.Module):
         """
         return None
 
+    def preview_samples(self, rows: int) -> int:
+        """How many of a stage's training samples `preview` is to see before its training, over all ranks; 0 for none.
+
+        Args:
+            rows: training samples of the stage.
+        """
+        return 0
+
+    def preview(self, towers: Towers, batch: Batch, stage: Stage) -> None:
+        """Look at a batch of the stage's training samples after `grow`; needed where `preview_samples` is not 0.
+
+        Nothing trains, the model computes as in evaluation, and each rank has its share of the samples. Sum over ranks in
+        `begin_task`.
+        """
+        raise NotImplementedError
+
+    def begin_task(self, towers: Towers, stage: Stage) -> None:
+        """Called once after the previews, before the stage's training; a resumed stage has its effect from the checkpoint."""
+
     def review_samples(self, rows: int) -> int:
         """How many of a stage's training samples `review` is to see at its end, over all ranks; 0 for none.
 
@@ -145,13 +166,11 @@ class ContinualStrategy(nn.Module):
         return 0
 
     def review(self, towers: Towers, batch: Batch, stage: Stage) -> None:
-        """Look at one training sample of the stage again, before `end_task`; needed where `review_samples` is not 0.
+        """Look at a batch of the stage's training samples again, before `end_task`; needed where `review_samples` is not 0.
 
-        The model is in evaluation mode, what the stage has trained still requires gradients, and each rank has its share of the
-        samples. Take gradients with `torch.autograd.grad`, which leaves DDP alone, and sum over ranks in `end_task`.
-
-        Args:
-            batch: a training batch of size one.
+        The model computes as in evaluation, what the stage has trained still requires gradients, and each rank has its share of
+        the samples. Take gradients with `torch.autograd.grad` or `adding_gradients`, which leave DDP alone, and sum over ranks in
+        `end_task`.
         """
         raise NotImplementedError
 

@@ -56,6 +56,7 @@ class OnlineEWC(Sequential):
 
     Config = EWCConfig
     config: EWCConfig
+    review_batch_size = 1  # the square of a batch's gradient is not the sum of its samples' squares
 
     def __init__(self, config: EWCConfig) -> None:
         super().__init__(config)
@@ -99,7 +100,6 @@ class OnlineEWC(Sequential):
 
     def review(self, towers: Towers, batch: Batch, stage: Stage) -> None:
         """Add the squared gradient of one sample's log-likelihood."""
-        assert len(batch["id"]) == 1, "the square of a batch's gradient is not the sum of its samples' squares"
         parameters = tuned_parameters(towers, projector=self.tunes_projector)
         logits = answer_logits(towers.model, batch).float()
         targets = batch["targets"] if self.config.labels == "data" else self._drawn(logits.detach(), batch, stage)
