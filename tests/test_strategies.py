@@ -1,9 +1,14 @@
-"""What every registered strategy must keep, whatever its method: a new one is tested by being registered."""
+"""What every registered strategy must keep, whatever its method: a new one is tested by being registered.
+
+Strategies outside of the package take part too: `MCIT_STRATEGIES="my_file other_file"` names modules to import first.
+"""
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +26,13 @@ from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.module import MCITModule
 from mcit_lightning.rundir import read_checkpoint
 from mcit_lightning.runner import run
-from mcit_lightning.strategies import STRATEGIES, DMoLE
+from mcit_lightning.strategies import STRATEGIES, ContinualStrategy, DMoLE
 from mcit_lightning.validation import build_strategy
 
 TASKS = ["colours", "shapes"]
+MODULES = os.environ.get("MCIT_STRATEGIES", "").split()
+for module in MODULES:
+    import_module(module)
 NAMES = sorted(STRATEGIES)
 TRAINING = [name for name in NAMES if STRATEGIES.get(name).stages(TASKS)]
 
@@ -42,6 +50,7 @@ def settings(name: str, *more: str) -> list[str]:
     """Two tasks, two steps each; no dropout, which a resumed run draws anew."""
     dropout = ", dropout: 0.0" if hasattr(STRATEGIES.get(name).Config, "dropout") else ""
     return [
+        f"imports=[{','.join(MODULES)}]",
         f"order=[{','.join(TASKS)}]",
         f"strategy={{name: {name}{dropout}}}",
         "data.limit_train=8",
@@ -174,6 +183,15 @@ def test_a_sample_is_answered_without_its_task_and_without_company(name: str, fi
         torch.testing.assert_close(routed_logits(module, alone)[0], logits[row], rtol=1e-4, atol=1e-5)
         routed = module.strategy.routed_to()
         assert routed is None or (len(routed) == 1 and set(routed[0]) <= set(TASKS))
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_what_a_strategy_needs_at_the_end_of_a_task_is_asked_for(name: str) -> None:
+    strategy = build_strategy({"name": name})
+    if type(strategy).end_task is not ContinualStrategy.end_task or strategy.review_samples(100):
+        assert "Consolidate" in strategy.required_callbacks()
+    if strategy.preview_samples(100):
+        assert "TaskPreview" in strategy.required_callbacks()
 
 
 @pytest.mark.parametrize("name", TRAINING)

@@ -3,6 +3,7 @@
 from mcit_lightning.strategies.base import STRATEGIES, ContinualStrategy, StrategyConfig
 from mcit_lightning.strategies.bounds import Individual, Joint, ZeroShot
 from mcit_lightning.strategies.branchlora import BranchLoRA, BranchLoRAConfig
+from mcit_lightning.strategies.disco import DISCO, DISCOConfig
 from mcit_lightning.strategies.dmole import DMoLE
 from mcit_lightning.strategies.dmole_config import DMoLEConfig
 from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
@@ -16,10 +17,12 @@ from mcit_lightning.strategies.replay import ExperienceReplay, ReplayConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
 
 __all__ = [
+    "DISCO",
     "STRATEGIES",
     "BranchLoRA",
     "BranchLoRAConfig",
     "ContinualStrategy",
+    "DISCOConfig",
     "DMoLE",
     "DMoLEConfig",
     "EWCConfig",

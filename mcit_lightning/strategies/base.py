@@ -50,8 +50,11 @@ class ContinualStrategy(nn.Module):
         return sequential_stages(tasks)
 
     def required_callbacks(self) -> tuple[str, ...]:
-        """Names of the callbacks without which this configuration would silently be another method."""
-        return ()
+        """Names of the callbacks without which this configuration would silently be another method.
+
+        Default: `Consolidate` for a strategy that has something to do at the end of a task.
+        """
+        return ("Consolidate",) if type(self).end_task is not ContinualStrategy.end_task else ()
 
     def check(self, towers: Towers, stages: list[Stage]) -> None:
         """Look for what a plan would stumble over, before anything is evaluated; default: make the first stage's plan.

@@ -65,10 +65,6 @@ class OnlineEWC(Sequential):
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
-    def required_callbacks(self) -> tuple[str, ...]:
-        """What shows the task's samples again at its end."""
-        return ("Consolidate",)
-
     def grow(self, towers: Towers, plan: TaskPlan) -> None:
         """The LoRA, and room for importance and anchor of every tuned parameter."""
         super().grow(towers, plan)

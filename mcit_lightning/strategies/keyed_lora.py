@@ -58,9 +58,10 @@ class KeyedTaskLoRA(TaskLoRA):
         if self.training:
             self.selector.update(task, *self.key_encoder().embed(towers, batch))
 
-    def similarities(self, towers: Towers, batch: Batch) -> Tensor:
+    def similarities(self, towers: Towers, batch: Batch, *, question_only: bool = False) -> Tensor:
         """[B, T], cosine to each learnt task's keys, in float32: the mean of image and question, or what a sample has of them."""
         image, has_image, text = self.key_encoder().embed(towers, batch)
+        has_image = torch.zeros_like(has_image) if question_only else has_image
         return self.selector.scores(image, has_image, text) / (1 + has_image).unsqueeze(1)
 
     def ranked_tasks(self, weights: Tensor) -> list[list[str]]:
