@@ -32,12 +32,11 @@ def test_the_fisher_is_the_mean_of_squared_gradients_of_single_samples(steps: Ma
 def test_importance_decays_and_adds_up_and_every_task_weighs_alike(steps: Make) -> None:
     run = steps("ewc", samples=2, gamma=0.5).learn(1)
     first = {name: value.clone() for name, value in run.strategy.importance.items()}
-    size = sum(value.numel() for value in first.values())
-    assert sum(value.sum() for value in first.values()) / size == pytest.approx(1.0, rel=1e-4)
+    assert sum(value.sum() for value in first.values()) == pytest.approx(1.0, rel=1e-4)
     stage = run.start(1)
     run.train(stage)
     run.end(stage)
-    assert sum(v.sum() for _, v in run.strategy.importance.items()) / size == pytest.approx(1.5, rel=1e-4)
+    assert sum(v.sum() for _, v in run.strategy.importance.items()) == pytest.approx(1.5, rel=1e-4)
     assert all((run.strategy.importance[name] >= 0.5 * value).all() for name, value in first.items())
 
 
@@ -60,7 +59,7 @@ def test_the_penalty_by_hand(steps: Make) -> None:
 
 def test_a_strong_penalty_holds_what_mattered(steps: Make) -> None:
     moved = []
-    for weight in (0.0, 1e3):
+    for weight in (0.0, 1e6):
         run = steps("ewc", weight=weight, samples=8).learn(1)
         stage = run.start(1)
         run.train(stage, steps=4)

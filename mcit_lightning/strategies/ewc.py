@@ -21,8 +21,8 @@ from mcit_lightning.towers import Towers
 class EWCConfig(LoRAConfig):
     """The penalty is weight / 2 * sum_j F_j (theta_j - theta*_j)^2."""
 
-    weight: float = 1.0
-    """lambda. With `normalize` it does not depend on the scale of the gradients."""
+    weight: float = 1.0e4
+    """lambda. With `normalize` it depends neither on the size of the model nor on the scale of its gradients."""
     gamma: float = 0.95
     """What is left of the importance of earlier tasks when one is added; 1 forgets nothing."""
     samples: int = 256
@@ -30,7 +30,7 @@ class EWCConfig(LoRAConfig):
     labels: Literal["data", "model"] = "data"
     """Answers in the Fisher's log-likelihood: those of the data (empirical Fisher), or drawn from the model's own prediction."""
     normalize: bool = True
-    """Divide a task's Fisher by its mean over all parameters, so that every task weighs alike."""
+    """Divide a task's Fisher by its sum over all parameters, so that every task weighs alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,9 +115,8 @@ class OnlineEWC(Sequential):
             name: sum_over_ranks(self._sums.get(name, torch.zeros_like(parameter, dtype=torch.float32))) / count
             for name, parameter in parameters.items()
         }
-        size = sum(value.numel() for value in fisher.values())
-        mean = torch.stack([value.sum() for value in fisher.values()]).sum() / size
-        scale = mean.clamp(min=torch.finfo(mean.dtype).tiny) if self.config.normalize else torch.ones_like(mean)
+        total = torch.stack([value.sum() for value in fisher.values()]).sum()
+        scale = total.clamp(min=torch.finfo(total.dtype).tiny) if self.config.normalize else torch.ones_like(total)
         for name, parameter in parameters.items():
             self.importance[name] = self.config.gamma * self.importance[name] + fisher[name] / scale
             self.anchor[name] = parameter
