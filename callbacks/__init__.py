@@ -7,6 +7,7 @@ from callbacks.consolidate import Consolidate
 from callbacks.cost import StageCost
 from callbacks.curriculum import CurriculumRatio
 from callbacks.freezing import BranchFreeze
+from callbacks.preview import TaskPreview
 from callbacks.probe import GradientProbe
 from callbacks.progress import StageProgress
 from callbacks.routers import RouterSpawn
@@ -24,4 +25,5 @@ __all__ = [
     "StageCost",
     "StageProgress",
     "TaskCallback",
+    "TaskPreview",
 ]

@@ -54,7 +54,7 @@ class MCITModule(L.LightningModule):
         self.eval_examined = 0
         self.answer_metrics: dict[str, AnswerMetric] = {}
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
-        strategy.seed = config.seed
+        strategy.seed, strategy.tunes_projector = config.seed, config.backbone.train_projector
         if config.backbone.train_projector:
             for path in self.towers.projector:
                 self.model.get_submodule(path).float()  # trains in float32 even where the frozen base is bfloat16

@@ -6,13 +6,13 @@ sample S of the task, L(x) being the mean cross-entropy of x's answer tokens.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcit_lightning.loss import Batch, answer_loss, sample_losses
 from mcit_lightning.towers import Towers
+from mcit_lightning.weight_gradients import adding_gradients
 
 
 def gradient_scores(
@@ -30,10 +30,9 @@ def gradient_scores(
 ) -> dict[str, float]:
     """Gradient norms of linears of the pretrained model (adapters are left out, nothing is changed).
 
-    A weight's gradient is added up in float32 as soon as it arrives and then freed, so the extra memory is one float32 copy of
-    the given candidates plus a single gradient, however many other parameters the model has; a norm of a mean needs the sum.
-    `parts` splits the candidates for less memory. Samples are weighted alike whatever batch or process they are in, so the
-    result does not depend on either, up to rounding.
+    The extra memory is one float32 copy of the candidates plus a single gradient, however many other parameters the model has
+    (see `adding_gradients`); a norm of a mean needs the sum. `parts` splits the candidates for less memory. Samples are weighted
+    alike whatever batch or process they are in, so the result does not depend on either, up to rounding.
 
     Args:
         paths: modules to score, adapted or not.
@@ -56,30 +55,15 @@ def gradient_scores(
         if bias and module.bias is not None:
             parameters[path, "bias"] = module.bias  # type: ignore[assignment]
     sums: dict[tuple[str, str], Tensor] = {}
-    hooks: list[Any] = []
-    trained = [parameter for parameter in towers.model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        for key, parameter in parameters.items():
-            parameter.requires_grad_(True)
-            hooks.append(parameter.register_post_accumulate_grad_hook(_collect(sums, key, offload, dtype)))
-        with towers.pretrained():
-            for batch in batches:
-                with context():
-                    if by_batch:
-                        loss = answer_loss(towers.model, batch).loss * (len(batch["id"]) / samples)
-                    else:
-                        loss = sample_losses(towers.model, batch).sum() / samples
-                if loss.requires_grad:
-                    loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter in parameters.values():
-            parameter.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with adding_gradients(towers.model, parameters, sums, offload=offload, dtype=dtype), towers.pretrained():
+        for batch in batches:
+            with context():
+                if by_batch:
+                    loss = answer_loss(towers.model, batch).loss * (len(batch["id"]) / samples)
+                else:
+                    loss = sample_losses(towers.model, batch).sum() / samples
+            if loss.requires_grad:
+                loss.backward()
     scores = dict.fromkeys(paths, 0.0)
     for key, parameter in parameters.items():
         # a process without a sample, or a tower that no sample reached, has no gradient but takes part in the sum
@@ -109,20 +93,3 @@ def parts(towers: Towers, paths: Sequence[str], count: int) -> list[list[str]]:
         found[min(count - 1, (2 * before + size) * count // (2 * sum(sizes)))].append(path)
         before += size
     return [part for part in found if part]
-
-
-def _collect(
-    sums: dict[tuple[str, str], Tensor], key: tuple[str, str], offload: bool, dtype: torch.dtype | None
-) -> Callable[[Tensor], None]:
-    """A hook that moves a parameter's gradient into the sums."""
-
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = parameter.grad.to("cpu" if offload else parameter.device, dtype or parameter.dtype)
-        parameter.grad = None
-        if key in sums:
-            sums[key] += gradient
-        else:
-            sums[key] = gradient
-
-    return hook

@@ -95,6 +95,17 @@ def smoke_config(smoke_root: Path) -> Callable[..., ExperimentConfig]:
 
 
 @pytest.fixture(scope="session")
+def steps(smoke_config: Callable[..., ExperimentConfig]) -> Callable[..., Any]:
+    """`steps(name, hyper-parameter=value, ...)`: a strategy on the smoke tasks, driven by hand."""
+    from stage_steps import Steps
+
+    def make(name: str, *, config: dict[str, Any] | None = None, **options: Any) -> Steps:
+        return Steps(smoke_config(strategy={"name": name, "rank": 2, "alpha": 4.0, **options}, **(config or {})))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def experiment(smoke_root: Path) -> Callable[..., ExperimentConfig]:
     """`experiment(out, *overrides)`: the smoke experiment with fewer rows, for a given run directory."""
     from smoke_runs import small_experiment

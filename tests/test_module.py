@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from mcit_lightning.adapters import AdapterLinear
 from mcit_lightning.backbone import base_dtype, load_backbone
 from mcit_lightning.config import BackboneConfig, ExperimentConfig, OptimConfig
 from mcit_lightning.engine import build_engine, resolve_precision
@@ -183,26 +182,3 @@ def test_the_projector_can_stay_frozen(experiment: Callable[..., ExperimentConfi
 def test_a_backbone_that_cannot_be_loaded_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"backbone\.id: cannot load .*nowhere.*folder"):
         load_backbone(BackboneConfig(id=str(tmp_path / "nowhere")))
-
-
-def test_strategies_share_one_contract(experiment: Callable[..., ExperimentConfig]) -> None:
-    """plan has no side effects, grow can be replayed, and something trains; for every strategy that has stages."""
-    from mcit_lightning.strategies import STRATEGIES, DMoLE
-
-    for name in STRATEGIES:
-        config = experiment()
-        config.strategy = {"name": name}
-        module = build(config)
-        for stage in module.strategy.stages(["colours", "shapes"]):
-            before = set(module.state_dict())
-            if isinstance(module.strategy, DMoLE):  # what the gradient probe would have found
-                found = module.strategy.candidates(module.towers).values()
-                module.strategy.scores = {path: 1.0 for paths in found for path in paths}
-            plan = module.strategy.plan(stage, module.towers)
-            assert set(module.state_dict()) == before, name
-            module.grow(plan)
-            keys = set(module.state_dict())
-            module.grow(plan)
-            assert set(module.state_dict()) == keys, name
-            assert list(module.strategy.trainable(module.towers, stage)), name
-        assert all(isinstance(layer, AdapterLinear) for layer in module.towers.adapters.values())

@@ -33,9 +33,14 @@ class CutLog:
         self._warned: set[tuple[str, int]] = set()
 
     def observe(self, batch: Mapping[str, Any]) -> None:
-        """Note the rows of a training batch; warns at a task's first shortened and first dropped sample."""
+        """Note the rows of a training batch; warns at a task's first shortened and first dropped sample.
+
+        Replayed rows of other tasks were counted when these were learnt.
+        """
         fates = {None: WHOLE, "shortened": SHORTENED, "dropped": DROPPED}
         for task, row, length, cut in zip(batch["task"], batch["index"], batch["length"], batch["cut"], strict=True):
+            if task not in self._fate:
+                continue
             fate = fates[cut]
             self._fate[task][row] = fate
             if fate == DROPPED:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -15,6 +15,7 @@ from mcit_lightning.config import ExperimentConfig, TaskConfig
 from mcit_lightning.data.collate import EvalCollator, ReadsSamples, TrainCollator
 from mcit_lightning.data.cuts import CutLog
 from mcit_lightning.data.records import Sample, Split, did_you_mean
+from mcit_lightning.data.replay import Replay, ReplaySampler, kept_rows
 from mcit_lightning.data.sampler import EvalSlice, StageLoader, StageSampler, derive_seed, init_worker
 from mcit_lightning.data.splits import TaskSplit, open_split
 from mcit_lightning.stages import Stage
@@ -28,14 +29,23 @@ class StageData(Dataset[Sample]):
     Args:
         splits: the parts.
         repeats: how often each part appears.
+        replayed: samples of other splits behind them: a split and the positions in it.
     """
 
-    def __init__(self, splits: Sequence[TaskSplit], repeats: Sequence[int]) -> None:
-        self._splits = splits
-        pairs = list(zip(splits, repeats, strict=True))
-        self._part = np.concatenate([np.full(len(split) * times, n) for n, (split, times) in enumerate(pairs)])
-        self._row = np.concatenate([np.tile(np.arange(len(split)), times) for split, times in pairs])
-        self.lengths = np.concatenate([np.tile(split.lengths, times) for split, times in pairs])
+    def __init__(
+        self,
+        splits: Sequence[TaskSplit],
+        repeats: Sequence[int],
+        replayed: Sequence[tuple[TaskSplit, np.ndarray]] = (),
+    ) -> None:
+        own = [(split, np.tile(np.arange(len(split)), times)) for split, times in zip(splits, repeats, strict=True)]
+        parts = [*own, *replayed]
+        self._splits = [split for split, _ in parts]
+        self._part = np.concatenate([np.full(len(rows), number) for number, (_, rows) in enumerate(parts)])
+        self._row = np.concatenate([rows for _, rows in parts])
+        self.lengths = np.concatenate([np.asarray(split.lengths)[rows] for split, rows in parts])
+        self.own = sum(len(rows) for _, rows in own)
+        """How many samples are not replayed; they come first."""
 
     def __len__(self) -> int:
         return len(self._row)
@@ -69,6 +79,8 @@ class ContinualDataModule(L.LightningDataModule):
         self.train_collator = TrainCollator(processor, config.prompt, max_length=config.data.max_length)
         self._index = 0
         self._explicit: list[str] | None = None
+        self.replay: Callable[[Stage, Mapping[str, int]], Replay] | None = None
+        """Says which samples of earlier tasks a stage trains on; `setup` takes the strategy's."""
         self._splits: dict[tuple[str, Split], TaskSplit] = {}
         self.check()
         self._cuts = self._new_cuts()
@@ -92,8 +104,15 @@ class ContinualDataModule(L.LightningDataModule):
             self.max_new_tokens(task)
 
     def setup(self, stage: str) -> None:
-        """Ask the module's strategy what it wants to know of the samples beside the model's inputs."""
+        """Ask the module's strategy what it wants to know of the samples, and what it replays.
+
+        Raises:
+            ValueError: what it replays does not fit into the batches.
+        """
         strategy = getattr(self.trainer.lightning_module, "strategy", None) if self.trainer else None
+        self.replay = getattr(strategy, "replay", None)
+        for each in self.stages:
+            self._replay(each).per_batch(self.batch_size(each))
         self.train_collator.reader = strategy.sample_reader() if isinstance(strategy, ReadsSamples) else None
 
     @property
@@ -161,19 +180,27 @@ class ContinualDataModule(L.LightningDataModule):
         return self._task(task).metric
 
     def train_dataloader(self) -> StageLoader:
-        """The current stage's training tasks, mixed. Resumes inside an epoch."""
-        stage, data = self.stage, self.config.data
+        """The current stage's training tasks, and what the strategy replays, mixed. Resumes inside an epoch."""
+        stage = self.stage
         # Several tasks in one epoch: each sample as often as the sequence of stages would show it.
         repeats = [1 if len(stage.train) == 1 else self._task(task).epochs for task in stage.train]
-        dataset = StageData([self._splits[task, "train"] for task in stage.train], repeats)
-        sampler = StageSampler(
-            dataset.lengths,
-            batch_size=self.batch_size(stage),
-            rank=self._rank,
-            world_size=self._world_size,
-            seed=derive_seed(self.config.seed, "train", stage.index),
-            group_by_length=data.group_by_length,
-        )
+        replay = self._replay(stage)
+        replayed = []
+        for task, count in replay.rows.items():
+            split = self._splits[task, "train"]
+            replayed.append((split, kept_rows(len(split), count, seed=self.config.seed, task=task)))
+        dataset = StageData([self._splits[task, "train"] for task in stage.train], repeats, replayed)
+        options: dict[str, Any] = {
+            "batch_size": self.batch_size(stage),
+            "rank": self._rank,
+            "world_size": self._world_size,
+            "seed": derive_seed(self.config.seed, "train", stage.index),
+            "group_by_length": self.config.data.group_by_length,
+        }
+        per_batch = replay.per_batch(options["batch_size"])
+        if per_batch:
+            options.update(own=dataset.own, replayed=per_batch)
+        sampler = (ReplaySampler if per_batch else StageSampler)(dataset.lengths, **options)
         return StageLoader(
             dataset,
             sampler,
@@ -205,12 +232,18 @@ class ContinualDataModule(L.LightningDataModule):
             loaders.append(self._eval_loader(split, split.lengths, collator))
         return loaders
 
+    def _replay(self, stage: Stage) -> Replay:
+        earlier = [] if stage.reset else self.stages[: stage.index]
+        tasks = dict.fromkeys(task for before in earlier for task in before.train)
+        rows = {task: len(self._splits[task, "train"]) for task in tasks if task not in stage.train}
+        return Replay() if self.replay is None else self.replay(stage, rows)
+
     @property
     def train_rows(self) -> int:
         """Training rows of the current stage, each counted once."""
         return sum(len(self._splits[task, "train"]) for task in self.stage.train)
 
-    def probe_loader(self, count: int) -> DataLoader[Any]:
+    def probe_loader(self, count: int, batch_size: int | None = None) -> DataLoader[Any]:
         """This process's share of a fixed random sample of the stage's training rows, for probes and routers.
 
         The sample depends on the experiment's seed and the stage alone; position `i` belongs to rank `i % world_size`, and
@@ -218,6 +251,7 @@ class ContinualDataModule(L.LightningDataModule):
 
         Args:
             count: rows over all processes.
+            batch_size: samples per batch; None for the stage's.
         """
         stage = self.stage
         dataset = StageData([self._splits[task, "train"] for task in stage.train], [1] * len(stage.train))
@@ -225,7 +259,7 @@ class ContinualDataModule(L.LightningDataModule):
         chosen = torch.randperm(len(dataset), generator=generator)[:count].tolist()
         return DataLoader(
             Subset(dataset, chosen[self._rank :: self._world_size]),
-            batch_size=self.batch_size(stage),
+            batch_size=batch_size or self.batch_size(stage),
             collate_fn=self.train_collator,
             worker_init_fn=init_worker,
             generator=torch.Generator().manual_seed(0),

@@ -50,12 +50,13 @@ def plan(config: ExperimentConfig) -> Plan:
         ValueError: a configured target matches nothing in the model.
     """
     strategy = build_strategy({key: value for key, value in config.strategy.items() if key != KEY_ENCODER})
+    strategy.tunes_projector = config.backbone.train_projector
     stages = strategy.stages(config.order)
     devices = planned_devices(config.trainer)
     inventory = take_inventory(config)
     rows = {task: used for (task, split), used in inventory.used.items() if split == "train"}
     estimated = {task for task, split in inventory.estimated if split == "train"}
-    steps = count_steps(config, stages, rows, devices, estimated)
+    steps = count_steps(config, stages, rows, devices, estimated=estimated, replay=strategy.replay)
     found = Plan(config, resolve_precision(config.trainer), devices, inventory, steps)
     try:
         towers = build_towers(config.backbone)

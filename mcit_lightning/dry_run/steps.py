@@ -1,10 +1,11 @@
 """Optimizer steps of every stage, counted as the data module and the Trainer will count them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.data.replay import Replay
 from mcit_lightning.stages import Stage
 
 
@@ -14,7 +15,7 @@ class StageSteps:
 
     Args:
         stage: the stage.
-        rows: training rows, repetitions of a joint stage included; None where a file is not there.
+        rows: training rows, repetitions of a joint stage and a buffer of earlier tasks included; None where a file is not there.
         epochs: passes over them.
         batch_size: samples per device and micro-batch.
         steps: optimizer steps; None as `rows`.
@@ -34,7 +35,9 @@ def count_steps(
     stages: Sequence[Stage],
     rows: Mapping[str, int],
     devices: int,
+    *,
     estimated: Collection[str] = (),
+    replay: Callable[[Stage, Mapping[str, int]], Replay] | None = None,
 ) -> list[StageSteps]:
     """Steps of each stage.
 
@@ -44,8 +47,12 @@ def count_steps(
         rows: task -> training rows in use, of the tasks of which they are known.
         devices: processes that train side by side.
         estimated: tasks whose rows are the published number.
+        replay: what the strategy mixes into a stage (`ContinualStrategy.replay`).
+
+    Raises:
+        ValueError: the strategy's replay does not fit into a batch.
     """
-    counted = []
+    counted: list[StageSteps] = []
     for stage in stages:
         tasks = {name: config.tasks[name] for name in stage.train}
         sizes = {task.batch_size or config.data.batch_size for task in tasks.values()}
@@ -55,7 +62,13 @@ def count_steps(
         total = None
         if all(name in rows for name in tasks):
             total = sum(rows[name] * (1 if alone else task.epochs) for name, task in tasks.items())
-        steps = None if total is None else _steps(total, batch_size, epochs, devices, config.trainer)
+        earlier = dict.fromkeys(task for before in stages[: stage.index] for task in before.train if not stage.reset)
+        seen = {task: rows.get(task, 0) for task in earlier if task not in tasks}
+        mixed = Replay() if replay is None else replay(stage, seen)
+        per_batch = mixed.per_batch(batch_size)
+        if total is not None and not per_batch:
+            total += sum(mixed.rows.values())
+        steps = None if total is None else _steps(total, batch_size - per_batch, epochs, devices, config.trainer)
         guessed = total is not None and not tasks.keys().isdisjoint(estimated)
         counted.append(StageSteps(stage, total, epochs, batch_size, steps, guessed))
     return counted

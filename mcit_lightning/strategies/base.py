@@ -1,12 +1,13 @@
 """The interface that a continual-learning method implements. A new method is one file with one subclass."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from mcit_lightning.data.replay import Replay
 from mcit_lightning.loss import Batch, LossOutput, answer_loss
 from mcit_lightning.plans import FreezeRecord, TaskPlan
 from mcit_lightning.registry import Registry
@@ -34,6 +35,8 @@ class ContinualStrategy(nn.Module):
     """Dataclass with the hyper-parameters; checks ranges in `__post_init__` with ValueError."""
     uses_all_parameters: bool = True
     """Every trainable parameter gets a gradient in every step. False makes DDP look for unused ones."""
+    review_batch_size: ClassVar[int | None] = None
+    """Samples per batch in `review`; None for the stage's."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -41,6 +44,7 @@ class ContinualStrategy(nn.Module):
         self.samples_examined = 0
         """Evaluated samples that a router had to look at in this process; one that it remembers is not counted again."""
         self.seed = 0  # the module sets the experiment's seed; new adapters draw their initial values from it
+        self.tunes_projector = False  # the module says whether it trains the projector beside what `trainable` yields
 
     @classmethod
     def stages(cls, tasks: list[str]) -> list[Stage]:
@@ -48,8 +52,11 @@ class ContinualStrategy(nn.Module):
         return sequential_stages(tasks)
 
     def required_callbacks(self) -> tuple[str, ...]:
-        """Names of the callbacks without which this configuration would silently be another method."""
-        return ()
+        """Names of the callbacks without which this configuration would silently be another method.
+
+        Default: `Consolidate` for a strategy that has something to do at the end of a task.
+        """
+        return ("Consolidate",) if type(self).end_task is not ContinualStrategy.end_task else ()
 
     def check(self, towers: Towers, stages: list[Stage]) -> None:
         """Look for what a plan would stumble over, before anything is evaluated; default: make the first stage's plan.
@@ -82,6 +89,17 @@ class ContinualStrategy(nn.Module):
             for _, parameter in layer.adapter_parameters():
                 yield parameter
         yield from self.parameters()
+
+    def replay(self, stage: Stage, rows: Mapping[str, int]) -> Replay:
+        """Training samples of earlier tasks that the stage mixes with its own; default: none.
+
+        Must depend on its arguments and the configuration alone: the data module asks on every rank, and again after an
+        interruption.
+
+        Args:
+            rows: tasks of earlier stages, in order -> their training samples.
+        """
+        return Replay()
 
     def loss(self, model: nn.Module, batch: Batch, stage: Stage) -> LossOutput:
         """Training loss of a batch; default: cross-entropy on the answer tokens."""
@@ -134,6 +152,42 @@ class ContinualStrategy(nn.Module):
         if not towers.adapters or any(layer.gate is not None for layer in towers.adapters.values()):
             return {}
         return {"adapter": {path: list(layer.lora_b) for path, layer in towers.adapters.items()}}
+
+    def preview_samples(self, rows: int) -> int:
+        """How many of a stage's training samples `preview` is to see before its training, over all ranks; 0 for none.
+
+        Args:
+            rows: training samples of the stage.
+        """
+        return 0
+
+    def preview(self, towers: Towers, batch: Batch, stage: Stage) -> None:
+        """Look at a batch of the stage's training samples after `grow`; needed where `preview_samples` is not 0.
+
+        Nothing trains, the model computes as in evaluation, and each rank has its share of the samples. Sum over ranks in
+        `begin_task`.
+        """
+        raise NotImplementedError
+
+    def begin_task(self, towers: Towers, stage: Stage) -> None:
+        """Called once after the previews, before the stage's training; a resumed stage has its effect from the checkpoint."""
+
+    def review_samples(self, rows: int) -> int:
+        """How many of a stage's training samples `review` is to see at its end, over all ranks; 0 for none.
+
+        Args:
+            rows: training samples of the stage.
+        """
+        return 0
+
+    def review(self, towers: Towers, batch: Batch, stage: Stage) -> None:
+        """Look at a batch of the stage's training samples again, before `end_task`; needed where `review_samples` is not 0.
+
+        The model computes as in evaluation, what the stage has trained still requires gradients, and each rank has its share of
+        the samples. Take gradients with `torch.autograd.grad` or `adding_gradients`, which leave DDP alone, and sum over ranks in
+        `end_task`.
+        """
+        raise NotImplementedError
 
     def end_task(self, towers: Towers, stage: Stage) -> FreezeRecord | None:
         """Consolidate after a stage's training, and say what freezes for ever, if anything."""
