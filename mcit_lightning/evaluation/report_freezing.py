@@ -25,7 +25,7 @@ def freezing_section(results: Results) -> str:
         "Frozen branches",
         f"The {total} branches of {len(fates)} modules, coloured by the stage after which they froze.{dots}",
         _counts(results, fates, again=again),
-        _legend(list(results.freezing)),
+        stage_legend(list(results.freezing)),
         *maps,
     )
 
@@ -49,7 +49,8 @@ def _counts(results: Results, fates: dict[str, dict[str, Branch]], *, again: boo
     return line_table(["After", "Frozen", *(["Used again"] if again else []), "Still tunable"], rows)
 
 
-def _legend(stages: list[str]) -> str:
+def stage_legend(stages: list[str]) -> str:
+    """The colours of the stages and of branches that can still be tuned."""
     items = "".join(
         f'<li class="{stage_style(number)}"><i></i><span>{escape(stage)}</span></li>'
         for number, stage in enumerate(stages)

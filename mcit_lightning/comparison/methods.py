@@ -1,0 +1,244 @@
+"""Runs grouped for a comparison: by task order, then by method, whose runs differ in nothing but their seed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mcit_lightning.comparison.find import Run
+from mcit_lightning.comparison.statistics import Estimate, estimate
+from mcit_lightning.registry import nearest
+from mcit_lightning.rundir import MAY_CHANGE
+
+BOUNDS = {"joint": "upper bound", "individual": "upper bound", "zero_shot": "no training"}
+"""Strategies that do not learn a sequence; they are shown, but are not ranked."""
+OF_A_RUN = ("seed", "order", "name", *MAY_CHANGE)
+"""Keys in which the runs of a method may differ."""
+OF_A_METHOD = ("strategy", "callbacks", "imports")
+"""Keys in which methods are meant to differ."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """The runs of a method on one task order.
+
+    Args:
+        name: heading.
+        style: number of its colour; the same wherever the method is shown.
+        runs: one per seed, in the order of the seeds.
+    """
+
+    name: str
+    style: int
+    runs: list[Run]
+
+    @property
+    def strategy(self) -> str:
+        """Name of the strategy."""
+        return self.runs[0].results.strategy
+
+    @property
+    def bound(self) -> str | None:
+        """What bound the method is; None for one that learns the sequence."""
+        return BOUNDS.get(self.strategy)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds of the runs."""
+        return [run.results.seed for run in self.runs]
+
+    def by_seed(self, value: Callable[[Run], float | None]) -> dict[int, float | None]:
+        """Seed -> a number of its run."""
+        return {run.results.seed: value(run) for run in self.runs}
+
+    def estimate(self, value: Callable[[Run], float | None]) -> Estimate | None:
+        """Mean over the seeds of a number of a run."""
+        return estimate([value(run) for run in self.runs])
+
+    def summary(self, key: str) -> Estimate | None:
+        """Mean over the seeds of a summary such as `MFN`."""
+        return self.estimate(lambda run: run.results.summary[key])
+
+
+@dataclass(frozen=True)
+class Group:
+    """The methods that learnt the same tasks in the same order.
+
+    Args:
+        tasks: in the order in which they were learnt.
+        methods: in the order of the page.
+        number: from 1.
+    """
+
+    tasks: list[str]
+    methods: list[Method]
+    number: int
+
+    @property
+    def order(self) -> str:
+        """The order for reading."""
+        return " \N{RIGHTWARDS ARROW} ".join(self.tasks)
+
+    def ranked(self) -> list[Method]:
+        """The methods by their mean score at the end, the best first; those without one last."""
+
+        def key(method: Method) -> float:
+            last = method.summary("MFN")
+            return float("inf") if last is None else -last.mean
+
+        return sorted(self.methods, key=key)
+
+
+@dataclass
+class Comparison:
+    """Everything that is compared.
+
+    Args:
+        groups: one per task order; the most complete first.
+        reference: name of the method that the others are compared with.
+        notices: what a reader must know before comparing.
+        settings: key -> method -> value, for keys outside the strategies in which the methods differ.
+    """
+
+    groups: list[Group]
+    reference: str
+    notices: list[str] = field(default_factory=list)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all methods."""
+        return list(dict.fromkeys(method.name for group in self.groups for method in group.methods))
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs."""
+        return [run for group in self.groups for method in group.methods for run in method.runs]
+
+
+def compare_runs(runs: Sequence[Run], left_out: Sequence[str] = (), reference: str | None = None) -> Comparison:
+    """Group runs.
+
+    Args:
+        runs: finished ones.
+        left_out: notices from finding them.
+        reference: name of a method; None takes `sequential` if it is there, else the method that ends best.
+
+    Raises:
+        ValueError: the same seed of the same method twice, or an unknown reference.
+    """
+    named, notices = _methods(runs)
+    styles = {name: number for number, name in enumerate(named)}
+    orders: dict[tuple[str, ...], dict[str, list[Run]]] = {}
+    for name, own in named.items():
+        for run in own:
+            orders.setdefault(tuple(run.results.tasks), {}).setdefault(name, []).append(run)
+    complete = sorted(orders.items(), key=lambda item: -sum(map(len, item[1].values())))
+    groups = [
+        Group(list(tasks), [Method(name, styles[name], _by_seed(name, own)) for name, own in methods.items()], number)
+        for number, (tasks, methods) in enumerate(complete, start=1)
+    ]
+    settings = _settings(named)
+    notices = [*left_out, *notices, *_group_notices(groups), *_seed_notices(groups), *_setting_notices(settings)]
+    return Comparison(groups, _reference(groups, reference), notices, settings)
+
+
+def _methods(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
+    """Name -> runs that differ only in seed and order; a name that stands for more settings is numbered."""
+    kinds: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        print_of = repr(_identity(run.settings) or (run.results.experiment, run.results.strategy))
+        kinds.setdefault(run.name, {}).setdefault(print_of, []).append(run)
+    methods: dict[str, list[Run]] = {}
+    notices = []
+    for name, variants in kinds.items():
+        lists = list(variants.values())
+        methods[name] = lists[0]
+        for number, own in enumerate(lists[1:], start=2):
+            methods[f"{name} ({number})"] = own
+            changed = _changed(lists[0][0].settings, own[0].settings)
+            notices.append(
+                f"{name} ({number}) ({own[0].folder}, ...) is apart from {name} ({lists[0][0].folder}, ...), because its "
+                f"settings differ: {'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}."
+            )
+    return methods, notices
+
+
+def _identity(settings: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted((key, value) for key, value in settings.items() if not _below(key, OF_A_RUN))
+
+
+def _changed(one: dict[str, Any], two: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: {one.get(key)!r} and {two.get(key)!r}"
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key) and not _below(key, OF_A_RUN)
+    ]
+
+
+def _below(key: str, parents: Iterable[str]) -> bool:
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def _by_seed(name: str, runs: list[Run]) -> list[Run]:
+    found: dict[int, Run] = {}
+    for run in runs:
+        other = found.setdefault(run.results.seed, run)
+        if other is not run:
+            raise ValueError(
+                f"{other.folder} and {run.folder}: are both {name} with seed {run.results.seed} on the same tasks, "
+                "and a seed counts once; name only one of them"
+            )
+    return [found[seed] for seed in sorted(found)]
+
+
+def _settings(named: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
+    """Keys outside the strategies in which methods differ; a method without a configuration is left out."""
+    known = {name: runs[0].settings for name, runs in named.items() if runs[0].settings}
+    keys = sorted(
+        {key for settings in known.values() for key in settings if not _below(key, (*OF_A_RUN, *OF_A_METHOD))}
+    )
+    values = {key: {name: settings.get(key) for name, settings in known.items()} for key in keys}
+    return {key: own for key, own in values.items() if len({repr(value) for value in own.values()}) > 1}
+
+
+def _group_notices(groups: list[Group]) -> list[str]:
+    sets = {frozenset(group.tasks) for group in groups}
+    if len(sets) > 1:
+        listed = "; ".join(f"{len(g.methods)} methods on {g.order}" for g in groups)
+        return [f"The runs are of {len(sets)} different task sets, which do not compare with each other: {listed}."]
+    if len(groups) > 1:
+        return [f"The {len(groups)} task orders are shown apart: nothing is averaged over orders."]
+    return []
+
+
+def _seed_notices(groups: list[Group]) -> list[str]:
+    notices = []
+    for group in groups:
+        counts = {method.name: len(method.runs) for method in group.methods}
+        where = f"Order {group.number}: " if len(groups) > 1 else ""
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+            notices.append(f"{where}the methods have different numbers of seeds ({listed}).")
+        few = [name for name, count in counts.items() if count < 3]
+        if few and len(few) < len(counts):
+            notices.append(f"{where}of fewer than three seeds an interval says almost nothing: {', '.join(few)}.")
+        elif few:
+            notices.append(f"{where}there are fewer than three seeds, of which an interval says almost nothing.")
+    return notices
+
+
+def _setting_notices(settings: dict[str, dict[str, Any]]) -> list[str]:
+    if not settings:
+        return []
+    return [f"The methods differ in more than the strategy: {', '.join(settings)} (see Settings that differ)."]
+
+
+def _reference(groups: list[Group], wanted: str | None) -> str:
+    known = list(dict.fromkeys(method.name for group in groups for method in group.methods))
+    if wanted is not None:
+        if wanted not in known:
+            raise ValueError(f"reference={wanted}: no such method among the runs. {nearest(wanted, known)}")
+        return wanted
+    plain = next((m.name for g in groups for m in g.methods if m.strategy == "sequential"), None)
+    ranked = [method for method in groups[0].ranked() if method.bound is None] or groups[0].ranked()
+    return plain or ranked[0].name
