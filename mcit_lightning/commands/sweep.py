@@ -3,6 +3,7 @@
 import argparse
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings", nargs="*", metavar="key=value",
         help="seeds=0,1,2 or seeds=0-4 (0,1,2); orders=3: that many seeded orders of the tasks, the first the experiment's own, "
         "or orders=[[a,b],[b,a]] (1); strategies=NAME,... on an experiment; only=RUN,... of a plan; out=DIR (runs/sweep_NAME); "
-        "reference=RUN that the others are compared with; dry_run=true lists the cells; anything else changes every run",
+        "reference=RUN that the others are compared with; dry_run=true lists the cells; RUN:key=value changes one run, anything else "
+        "all of them",
     )  # fmt: skip
     parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="cells to run at once (%(default)s)")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads of each cell (left to torch)")
@@ -89,17 +91,22 @@ def make_plan(source: str, settings: Sequence[str]) -> "tuple[SweepPlan, dict[st
     import yaml
 
     from mcit_lightning.loading import find_experiment
+    from mcit_lightning.registry import nearest
     from mcit_lightning.sweep.plan import SweepPlan, SweepRun, check_name, plan_runs, read_plan, strategy_runs
 
     own: dict[str, str] = {}
     common: list[str] = []
+    single: dict[str, list[str]] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"{setting!r}: write it as key=value, for example seeds=0,1,2")
         if key in ("seed", "order"):
             raise ValueError(f"{setting}: in a sweep, write {key}s=... (of plan or experiment: {source})")
-        if key in OWN_KEYS:
+        run, colon, inner = key.partition(":")
+        if colon:
+            single.setdefault(run, []).append(f"{inner}={value}")
+        elif key in OWN_KEYS:
             own[key] = value
         else:
             common.append(setting)
@@ -115,6 +122,10 @@ def make_plan(source: str, settings: Sequence[str]) -> "tuple[SweepPlan, dict[st
     else:
         check_name(file.stem, source)
         runs = {file.stem: SweepRun(source)}
+    for name, overrides in single.items():
+        if name not in runs:
+            raise ValueError(f"{name}:{overrides[0]}: no run {name!r} in the sweep. {nearest(name, runs)}")
+        runs[name] = replace(runs[name], overrides=(*runs[name].overrides, *overrides))
     plan = SweepPlan(runs, tuple(common))
     given = content or {}
     if (seeds := own.get("seeds", given.get("seeds"))) is not None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CHARACTER = 7.0
+CHARACTER = 7.5
 """Mean width of a character of a label, in CSS pixels; a little more than most fonts need."""
 
 Box = tuple[float, float, float, float]
@@ -52,8 +52,29 @@ def overlap(one: Box, two: Box) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
-def place_label(text: str, x: float, y: float, taken: Sequence[Box], inside: Box) -> tuple[Box, float] | None:
-    """A free place for a label around a point.
+@dataclass(frozen=True)
+class Place:
+    """Where a label stands.
+
+    Args:
+        box: what it covers.
+        anchor: which end of the text is fixed (`start`, `middle`, `end`).
+        distance: how far it is from its point.
+    """
+
+    box: Box
+    anchor: str
+    distance: float
+
+    @property
+    def x(self) -> float:
+        """Where the text is anchored."""
+        left, _, right, _ = self.box
+        return {"start": left, "middle": (left + right) / 2, "end": right}[self.anchor]
+
+
+def place_label(text: str, x: float, y: float, taken: Sequence[Box], inside: Box) -> Place | None:
+    """A free place for a label around a point; None if there is none.
 
     Args:
         text: the label.
@@ -61,12 +82,9 @@ def place_label(text: str, x: float, y: float, taken: Sequence[Box], inside: Box
         y: likewise.
         taken: boxes that it must not touch.
         inside: where it must be.
-
-    Returns:
-        The label's box and how far it is from the point; None if no place is free.
     """
     width, height = text_width(text), 15.0
-    for distance in (8.0, 16.0, 26.0, 38.0, 52.0):
+    for distance in (10.0, 17.0, 26.0, 38.0, 52.0):
         for across, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
             reach = distance if across == 0 or down == 0 else distance * 0.75
             left = x + across * reach - (0 if across > 0 else width if across < 0 else width / 2)
@@ -74,5 +92,5 @@ def place_label(text: str, x: float, y: float, taken: Sequence[Box], inside: Box
             box = (left, middle - height / 2, left + width, middle + height / 2)
             fits = box[0] >= inside[0] and box[1] >= inside[1] and box[2] <= inside[2] and box[3] <= inside[3]
             if fits and not any(overlap(box, other) for other in taken):
-                return box, distance
+                return Place(box, {1: "start", 0: "middle", -1: "end"}[across], distance)
     return None

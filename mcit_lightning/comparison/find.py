@@ -45,7 +45,7 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
         paths: run directories, or folders of them.
 
     Returns:
-        The runs, methods in the order of the sweep's plan if there is one; and what was left out, as sentences.
+        The runs, methods in the order of the sweep's plan if there is one; and what was left out, with the reason.
 
     Raises:
         ValueError: a path holds no run, a run is damaged, or none is finished.
@@ -59,12 +59,12 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
                 continue
             seen.add(folder.resolve())
             if (reason := _unfinished(folder)) is not None:
-                left_out.append(f"{folder} is left out: {reason}.")
+                left_out.append(f"{folder} ({reason})")
                 continue
             _, config = read_settings(folder)
             runs.append(Run(folder, name, load_run(folder), flatten(config), config))
     if not runs:
-        raise ValueError(" ".join(["no run is finished.", *left_out, "Continue them first"]))
+        raise ValueError(f"no run is finished: {'; '.join(left_out)}. Continue them first")
     return runs, left_out
 
 
@@ -125,5 +125,5 @@ def _unfinished(folder: Path) -> str | None:
     if not (folder / RESULTS_FILE).is_file():
         return "nothing was evaluated yet"
     if not state.get("finished"):
-        return f"the run is not finished ({len(state.get('steps', []))} stages are)"
+        return f"not finished, {len(state.get('steps', []))} stages are"
     return None

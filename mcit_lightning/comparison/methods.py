@@ -120,7 +120,7 @@ def compare_runs(runs: Sequence[Run], left_out: Sequence[str] = (), reference: s
 
     Args:
         runs: finished ones.
-        left_out: notices from finding them.
+        left_out: what was found and cannot be compared.
         reference: name of a method; None takes `sequential` if it is there, else the method that ends best.
 
     Raises:
@@ -138,7 +138,9 @@ def compare_runs(runs: Sequence[Run], left_out: Sequence[str] = (), reference: s
         for number, (tasks, methods) in enumerate(complete, start=1)
     ]
     settings = _settings(named)
-    notices = [*left_out, *notices, *_group_notices(groups), *_seed_notices(groups), *_setting_notices(settings)]
+    if left_out:
+        notices.insert(0, f"Left out, as they are not finished or cannot be read: {'; '.join(left_out)}.")
+    notices = [*notices, *_group_notices(groups), *_seed_notices(groups), *_setting_notices(settings)]
     return Comparison(groups, _reference(groups, reference), notices, settings)
 
 
@@ -215,15 +217,14 @@ def _seed_notices(groups: list[Group]) -> list[str]:
     notices = []
     for group in groups:
         counts = {method.name: len(method.runs) for method in group.methods}
-        where = f"Order {group.number}: " if len(groups) > 1 else ""
+        where = f" (order {group.number})" if len(groups) > 1 else ""
         if len(set(counts.values())) > 1:
             listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-            notices.append(f"{where}the methods have different numbers of seeds ({listed}).")
+            notices.append(f"The methods have different numbers of seeds{where}: {listed}.")
         few = [name for name, count in counts.items() if count < 3]
-        if few and len(few) < len(counts):
-            notices.append(f"{where}of fewer than three seeds an interval says almost nothing: {', '.join(few)}.")
-        elif few:
-            notices.append(f"{where}there are fewer than three seeds, of which an interval says almost nothing.")
+        if few:
+            which = f" of {', '.join(few)}" if len(few) < len(counts) else ""
+            notices.append(f"Fewer than three seeds{which}{where}: a mean of so few says little, and its interval is very wide.")
     return notices
 
 

@@ -1,6 +1,7 @@
 """The page of a comparison: one self-contained file, no network, no script, light and dark, readable on a phone."""
 
 from html import escape
+from pathlib import PurePath
 
 from mcit_lightning.comparison.cost import cost_section
 from mcit_lightning.comparison.curves import curves_section, matrices_section, plasticity_section
@@ -52,7 +53,7 @@ def comparison_page(comparison: Comparison, title: str, pictures: PicturesOf) ->
 
 def _header(comparison: Comparison, title: str) -> str:
     runs, groups = comparison.runs, comparison.groups
-    backbones = dict.fromkeys(run.results.backbone for run in runs)
+    backbones = dict.fromkeys(_short_path(run.results.backbone) for run in runs)
     facts = {
         "Methods": str(len(comparison.names)),
         "Runs": str(len(runs)),
@@ -65,6 +66,12 @@ def _header(comparison: Comparison, title: str) -> str:
     links = "".join(f'<li><a href="#order{g.number}">Order {g.number}: {escape(g.order)}</a></li>' for g in groups)
     contents = f'<ul class="contents">{links}</ul>' if len(groups) > 1 else ""
     return f'<header><h1>{escape(title)}</h1><dl class="facts">{listed}</dl>{notices}{contents}</header>'
+
+
+def _short_path(backbone: str) -> str:
+    """The end of a local folder; a hub name as it is."""
+    parts = PurePath(backbone).parts
+    return "/".join(parts[-2:]) if PurePath(backbone).is_absolute() else backbone
 
 
 def _settings(comparison: Comparison) -> str:

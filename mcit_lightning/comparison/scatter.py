@@ -111,15 +111,15 @@ def _labels(points: Sequence[Point], x: Axis, y: Axis, inside: Box) -> list[str]
         found = place_label(point.name, across, up, taken, inside)
         if found is None:
             continue
-        box, distance = found
+        box = found.box
         taken.append(box)
-        if distance > 20:
+        if found.distance > 20:
             end = (min(max(across, box[0]), box[2]), min(max(up, box[1]), box[3]))
             parts.append(
                 f'<line class="lead {colour(point.style)}" x1="{across:.1f}" y1="{up:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>'
             )
         parts.append(
-            f'<text class="label {colour(point.style, "t")}" x="{(box[0] + box[2]) / 2:.1f}" y="{box[3] - 4:.1f}" '
-            f'text-anchor="middle">{escape(point.name)}</text>'
+            f'<text class="label {colour(point.style, "t")}" x="{found.x:.1f}" y="{box[3] - 4:.1f}" '
+            f'text-anchor="{found.anchor}">{escape(point.name)}</text>'
         )
     return parts

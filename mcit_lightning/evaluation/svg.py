@@ -7,6 +7,8 @@ from html import escape
 Scale = Callable[[float], float]
 """From a value to a coordinate."""
 
+SHORT, LONG = 15, 19
+"""Characters of a label for which the usual room is enough, and most that are shown."""
 LABEL_STEP = 16.0
 """Least distance between the baselines of two labels."""
 
@@ -57,7 +59,8 @@ def line_chart(
         title: what a screen reader says.
         top: upper end of the vertical axis, a multiple of 25.
     """
-    right = 164 if labels else 14
+    longest = max((len(line.name) for line in lines), default=0)
+    right = (164 if longest <= SHORT else 194) if labels else 14
     left, above, bottom = 34, 12, 30
     inner_width, inner_height = width - left - right, height - above - bottom
 
@@ -131,7 +134,7 @@ def _end_labels(lines: list[Line], x: Scale, y: Scale, edge: float, floor: float
     parts = []
     for (height, last, line), place in zip(ends, places, strict=True):
         start = x(last) + 7
-        name = line.name if len(line.name) <= 15 else line.name[:14] + "\N{HORIZONTAL ELLIPSIS}"
+        name = line.name if len(line.name) <= LONG else line.name[: LONG - 1] + "\N{HORIZONTAL ELLIPSIS}"
         value = line.points()[-1][1]
         parts.append(
             f'<polyline class="lead s{line.style % 8}" points="{start:.1f},{height:.1f} {edge + 17:.1f},{place:.1f}"/>'
