@@ -22,12 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="where the comparison goes: comparison.html, tables, tensorboard/ (the folder of runs that is named, else runs/comparison)",
+        help="where the comparison goes: comparison.html, tables, tensorboard/ (the folder of runs if one is named, "
+        "else runs/comparison)",
     )  # fmt: skip
     parser.add_argument(
         "--reference", metavar="METHOD", help="what the others are compared with (sequential if there, else the best)"
     )
-    parser.add_argument("--each", action="store_true", help="replace the report.html of every run instead of comparing them")
+    parser.add_argument(
+        "--each", action="store_true", help="replace the report.html of every run instead of comparing them"
+    )
 
 
 def command(options: argparse.Namespace) -> int:
@@ -44,7 +47,9 @@ def command(options: argparse.Namespace) -> int:
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
     roots: list[Path] = options.runs
-    folders = [root for root in roots if root.is_dir() and not any((root / f).exists() for f in (RESULTS_FILE, STATE_FILE))]
+    folders = [
+        root for root in roots if root.is_dir() and not any((root / f).exists() for f in (RESULTS_FILE, STATE_FILE))
+    ]
     if options.each or (len(roots) == 1 and not folders):
         if options.out or options.reference:
             raise ValueError("--out and --reference: are for a comparison; name several runs, or a folder of them")

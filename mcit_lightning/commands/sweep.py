@@ -13,8 +13,16 @@ if TYPE_CHECKING:
     from mcit_lightning.sweep.execute import Outcome
     from mcit_lightning.sweep.plan import Cell, SweepPlan
 
-OWN_KEYS = ("seeds", "orders", "strategies", "only", "out", "dry_run", "reference")
-"""Keys that the sweep itself takes; all others change every run."""
+KEYS = {
+    "seeds": "0,1,2 or 0-4: a cell for each (0,1,2)",
+    "orders": "3: that many seeded orders of the tasks, the first the experiment's own; or [[a,b],[b,a]] (1)",
+    "strategies": "sequential,dmole: on an experiment, a run for each",
+    "only": "NAME,...: of a plan, these runs",
+    "out": "DIR: the sweep's folder (runs/sweep_NAME)",
+    "reference": "RUN: what the others are compared with (sequential if there, else the best)",
+    "dry_run": "true: list the cells and stop",
+}
+"""Keys that the sweep itself takes, and how they are written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "settings", nargs="*", metavar="key=value",
-        help="seeds=0,1,2 or seeds=0-4 (0,1,2); orders=3: that many seeded orders of the tasks, the first the experiment's own, "
-        "or orders=[[a,b],[b,a]] (1); strategies=NAME,... on an experiment; only=RUN,... of a plan; out=DIR (runs/sweep_NAME); "
-        "reference=RUN that the others are compared with; dry_run=true lists the cells; RUN:key=value changes one run, anything else "
-        "all of them",
+        help="keys of the sweep (below); RUN:key=value changes one run, any other key=value all of them",
     )  # fmt: skip
     parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="cells to run at once (%(default)s)")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="CPU threads of each cell (left to torch)")
     parser.add_argument("--gpus", default="", metavar="0,1,...", help="GPUs to share out among the jobs (all to each)")
+    keys = "\n".join(f"  {key + '=':12}{text}" for key, text in KEYS.items())
     parser.epilog = (
-        f"{parser.epilog}\nA finished cell is not run again and an interrupted one continues: the same command completes the "
+        f"keys:\n{keys}\n\n{parser.epilog}\nA finished cell is not run again and an interrupted one continues: the same command completes the "
         "sweep.\nexit status: 0 all cells are finished, 1 some failed, 2 bad input"
     )
 
@@ -106,7 +112,7 @@ def make_plan(source: str, settings: Sequence[str]) -> "tuple[SweepPlan, dict[st
         run, colon, inner = key.partition(":")
         if colon:
             single.setdefault(run, []).append(f"{inner}={value}")
-        elif key in OWN_KEYS:
+        elif key in KEYS:
             own[key] = value
         else:
             common.append(setting)

@@ -85,7 +85,7 @@ def place_label(text: str, x: float, y: float, taken: Sequence[Box], inside: Box
     """
     width, height = text_width(text), 15.0
     for distance in (10.0, 17.0, 26.0, 38.0, 52.0):
-        for across, down in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+        for across, down in ((1, -1), (1, 1), (-1, -1), (-1, 1), (1, 0), (-1, 0), (0, -1), (0, 1)):
             reach = distance if across == 0 or down == 0 else distance * 0.75
             left = x + across * reach - (0 if across > 0 else width if across < 0 else width / 2)
             middle = y + down * (reach + (height / 2 if across == 0 else 0))

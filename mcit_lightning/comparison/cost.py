@@ -3,9 +3,8 @@
 from html import escape
 
 from mcit_lightning.comparison.gallery import Gallery
-from mcit_lightning.comparison.intervals import colour
 from mcit_lightning.comparison.measures import COSTS, SCORES, Measure
-from mcit_lightning.comparison.methods import Group
+from mcit_lightning.comparison.methods import Group, method_html
 from mcit_lightning.comparison.scatter import Point, scatter
 from mcit_lightning.comparison.statistics import Estimate
 from mcit_lightning.evaluation.formatting import NONE, bytes_text, count_text, number_text, seconds_text
@@ -15,13 +14,13 @@ MILLION = 1e6
 
 
 def cost_section(group: Group, gallery: Gallery) -> str:
-    """A table, and the final score against the parameters that train."""
+    """A table, and the final score against the parameters that must be kept."""
     shown = [measure for measure in COSTS if any(measure.of(method) is not None for method in group.methods)]
     if not shown:
         return ""
     head = "".join(f'<th scope="col" title="{escape(measure.why)}">{measure.heading}</th>' for measure in shown)
     rows = "".join(
-        f'<tr><th scope="row"><i class="chip {colour(method.style, "t")}"></i>{escape(method.name)}</th>'
+        f'<tr><th scope="row">{method_html(method)}</th>'
         + "".join(f"<td>{cost_text(measure.of(method), measure)}</td>" for measure in shown)
         + "</tr>"
         for method in group.ranked()
@@ -47,11 +46,11 @@ def cost_text(value: Estimate | None, measure: Measure) -> str:
 
 
 def _scatter(group: Group, gallery: Gallery) -> str:
-    final, trainable = SCORES[0], COSTS[0]
+    final, stored = SCORES[0], COSTS[1]
     points = []
     for method in group.ranked():
         score = final.of(method)
-        size = method.estimate(lambda run: None if (count := trainable.value(run)) is None else count / MILLION)
+        size = method.estimate(lambda run: None if (count := stored.value(run)) is None else count / MILLION)
         if score is not None and size is not None:
             points.append(Point(method.name, method.style, size, score))
     if len(points) < 2:
@@ -61,8 +60,8 @@ def _scatter(group: Group, gallery: Gallery) -> str:
         return number_text(value, digits=0 if max(p.x.mean for p in points) > 4 else 2)
 
     def draw(width: int) -> str:
-        labels = ("Parameters that train, in millions", "Score at the end (MFN, percent)")
-        title = "Final score against trainable parameters"
+        labels = ("Parameters to keep after the last stage, in millions", "Score at the end (MFN, percent)")
+        title = "Final score against stored parameters"
         return scatter(
             points,
             width=width,

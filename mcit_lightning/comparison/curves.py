@@ -46,9 +46,8 @@ def curves_section(group: Group, gallery: Gallery) -> str:
     for column, task in enumerate(group.tasks):
         lines = [line for method in drawn if (line := _line(method, column, stages, band=bands)) is not None]
         hints = [f"after stage {number} ({name})" for number, name in enumerate(group.tasks, start=1)]
-        charts.append(
-            f"<div><h3>{escape(task)}</h3>{_chart(gallery, f'order{group.number}/forgetting/{task}', lines, hints, top)}</div>"
-        )
+        chart = _chart(gallery, f"order{group.number}/forgetting/{task}", lines, hints, top)
+        charts.append(f"<div><h3>{escape(task)}</h3>{chart}</div>")
     spread = " Band: 95 % t-interval over the seeds." if bands and any(len(m.runs) > 1 for m in drawn) else ""
     return section(
         "Forgetting curves",
@@ -111,16 +110,16 @@ def matrices_section(group: Group, gallery: Gallery) -> str:
         for row, stage in enumerate(group.tasks):
             cells = [cell_estimate(method, row, column) for column in range(len(group.tasks))]
             if any(cells):
+                name = method.runs[0].results.row_name(row)
+                pairs = zip(cells, group.tasks, strict=True)
+                own = name == stage
                 rows.append(
                     (
-                        stage,
-                        [
-                            _heat(cell, method, f"after {stage}", task, own=stage == task)
-                            for cell, task in zip(cells, group.tasks, strict=True)
-                        ],
+                        name,
+                        [_heat(cell, method, f"after {name}", task, own=own and stage == task) for cell, task in pairs],
                     )
                 )
-        svg = heat_map(rows, group.tasks, title=f"Accuracy matrix of {method.name}") if rows else ""
+        svg = heat_map(rows, group.tasks, title=f"Accuracy matrix of {method.name}", names=group.tasks) if rows else ""
         if svg:
             parts.append(
                 f"<div><h3>{escape(method.name)}</h3>{gallery.add(f'order{group.number}/matrix/{method.name}', svg)}</div>"

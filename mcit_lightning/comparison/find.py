@@ -86,12 +86,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def _below(folder: Path, depth: int) -> Iterator[Path]:
-    """Run directories below a folder, in natural order, not those inside of others."""
+    """Run directories below a folder, not those inside of others; a folder's own before those of its folders."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for path in sorted(inside, key=lambda path: natural(path.name)):
-        if _is_run(path):
-            yield path
-        elif depth > 1:
+    inside.sort(key=lambda path: natural(path.name))
+    runs = [path for path in inside if _is_run(path)]
+    yield from runs
+    for path in inside:
+        if depth > 1 and path not in runs:
             yield from _below(path, depth - 1)
 
 

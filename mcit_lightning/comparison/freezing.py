@@ -11,7 +11,6 @@ from mcit_lightning.evaluation.module_map import TOWER_NAMES, Cell, columns_text
 from mcit_lightning.evaluation.page import section
 from mcit_lightning.evaluation.placement import Branch, branches, tower_modules
 from mcit_lightning.evaluation.report_freezing import stage_legend, stage_style
-from mcit_lightning.evaluation.results import Results
 
 
 def freezing_section(group: Group, gallery: Gallery) -> str:
@@ -31,9 +30,9 @@ def freezing_section(group: Group, gallery: Gallery) -> str:
         return ""
     return section(
         "Frozen branches and their reuse",
-        "Table: percent of all branches, mean over the seeds, that froze after a task (first column), and that a later task used most "
-        "again although they were frozen (a branch counts once for each such task). Map: the branches of the first seed, coloured by "
-        "the task after which they froze; a dot has the colour of the last task that used the branch again.",
+        "Table: percent of all branches, mean over the seeds, that froze after a task (first column), and that a later task used "
+        "most again although they were frozen (a branch counts once for each such task). Map: the branches of the first seed, "
+        "coloured by the task after which they froze; a dot has the colour of the last task that used the branch again.",
         *parts,
     )
 
@@ -68,11 +67,9 @@ def _shares(method: Method) -> str:
             [HeatCell(left, f"{number_text(left)} % of the branches never froze", True), *[None] * (len(stages) - 1)],
         )
     )
-    return heat_map(
-        rows,
-        ["frozen", *(f"in {stage}" for stage in stages[1:])],
-        title=f"Branches of {method.name}: when they froze, and who used them again",
-    )
+    columns = ["frozen", *(f"again in {stage}" for stage in stages[1:])]
+    title = f"Branches of {method.name}: when they froze, and who used them again"
+    return heat_map(rows, columns, title=title, widest=150)
 
 
 def _maps(method: Method, name: str, gallery: Gallery) -> list[str]:

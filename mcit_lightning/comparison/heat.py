@@ -31,17 +31,26 @@ class HeatCell:
     own: bool = False
 
 
-def heat_map(rows: Sequence[tuple[str, Sequence[HeatCell | None]]], columns: Sequence[str], *, title: str) -> str:
+def heat_map(
+    rows: Sequence[tuple[str, Sequence[HeatCell | None]]],
+    columns: Sequence[str],
+    *,
+    title: str,
+    widest: float = LARGEST,
+    names: Sequence[str] = (),
+) -> str:
     """Draw the cells with the names of rows and columns.
 
     Args:
         rows: name and cells from the top; None leaves a cell out.
         columns: names.
         title: what a screen reader says.
+        widest: largest width of a column, in CSS pixels.
+        names: names for which there must be room on the left, so that maps beside each other look alike.
     """
-    names = [shortened(name, NAMES) for name, _ in rows]
-    left = max(map(text_width, names)) + 8
-    each = min(max([SMALLEST, *(text_width(name) + 8 for name in columns)]), LARGEST)
+    shown = [shortened(name, NAMES) for name, _ in rows]
+    left = max(text_width(shortened(name, NAMES)) for name in (*shown, *names)) + 8
+    each = min(max([SMALLEST, *(text_width(name) + 8 for name in columns)]), widest)
     width, top = left + each * len(columns), 24.0
     height = top + HEIGHT * len(rows)
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" aria-label="{escape(title)}">']
@@ -51,7 +60,7 @@ def heat_map(rows: Sequence[tuple[str, Sequence[HeatCell | None]]], columns: Seq
             f'<text class="axis" x="{left + each * (number + 0.5):g}" y="{top - 8:g}" text-anchor="middle">{short}'
             f"<title>{escape(column)}</title></text>"
         )
-    for number, (name, (_, cells)) in enumerate(zip(names, rows, strict=True)):
+    for number, (name, (_, cells)) in enumerate(zip(shown, rows, strict=True)):
         y = top + HEIGHT * number
         parts.append(
             f'<text class="axis" x="{left - 8:g}" y="{y + HEIGHT / 2 + 4:g}" text-anchor="end">{escape(name)}</text>'

@@ -52,7 +52,8 @@ def interval_plot(
     narrow = width < 600
     names = [f"{row.name} {row.note}".strip() for row in rows]
     left = 8.0 if narrow else min(260.0, max(map(text_width, names)) + 16)
-    right, each = (84.0, ROW + HEAD) if narrow else (96.0, ROW)
+    right = max(text_width(_text(row, signed=signed)) for row in rows) + 12
+    each = ROW + HEAD if narrow else ROW
     ends = [end for row in rows for end in (row.value.low, row.value.high, *row.value.values)]
     low, high = max(min(ends), limits[0]), min(max(ends), limits[1])
     if zero:
@@ -64,9 +65,8 @@ def interval_plot(
         kind = "zero" if zero and tick == 0 else "grid"
         x = axis.at(tick)
         parts.append(f'<line class="{kind}" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="{bottom:g}"/>')
-        parts.append(
-            f'<text class="axis" x="{x:.1f}" y="{bottom + 18:g}" text-anchor="middle">{number_text(tick, digits=_digits(axis))}</text>'
-        )
+        text = number_text(tick, digits=_digits(axis))
+        parts.append(f'<text class="axis" x="{x:.1f}" y="{bottom + 18:g}" text-anchor="middle">{text}</text>')
     for number, row in enumerate(rows):
         top = each * number
         y = top + (HEAD + ROW / 2 if narrow else ROW / 2)
@@ -74,17 +74,20 @@ def interval_plot(
         anchor = f'x="{left:g}" y="{top + 14:g}"' if narrow else f'x="{left - 12:g}" y="{y + 4:g}" text-anchor="end"'
         parts.append(f'<text class="label {colour(row.style, "t")}" {anchor}>{_name(row, room)}</text>')
         parts.append(_mark(row, axis, y, signed=signed))
-        text = number_text(row.value.mean, signed=signed)
-        half = "" if row.value.half is None else f" ± {number_text(row.value.half)}"
-        parts.append(
-            f'<text class="number" x="{width - right + 14:g}" y="{y + 4:g}">{text}<tspan class="axis">{half}</tspan></text>'
-        )
+        text, _, half = _text(row, signed=signed).partition(" ")
+        soft = f'<tspan class="axis"> {half}</tspan>' if half else ""
+        parts.append(f'<text class="number" x="{width - right + 12:g}" y="{y + 4:g}">{text}{soft}</text>')
     return "".join([*parts, "</svg>"])
 
 
 def colour(style: int, letter: str = "s") -> str:
     """CSS classes of a method's colour; from the ninth on the colours come again, with hollow marks and dashed lines."""
     return f"{letter}{style % 8}" + (" alt" if style >= 8 else "")
+
+
+def _text(row: Row, *, signed: bool) -> str:
+    half = "" if row.value.half is None else f" ± {number_text(row.value.half)}"
+    return number_text(row.value.mean, signed=signed) + half
 
 
 def _name(row: Row, room: int) -> str:

@@ -3,9 +3,9 @@
 from html import escape
 
 from mcit_lightning.comparison.gallery import Gallery
-from mcit_lightning.comparison.intervals import Row, colour, interval_plot
+from mcit_lightning.comparison.intervals import Row, interval_plot
 from mcit_lightning.comparison.measures import SCORES, Measure, best_of, shown_scores
-from mcit_lightning.comparison.methods import Group, Method
+from mcit_lightning.comparison.methods import Group, Method, method_html
 from mcit_lightning.comparison.statistics import Estimate, paired
 from mcit_lightning.evaluation.formatting import NONE, number_text
 from mcit_lightning.evaluation.page import section
@@ -31,8 +31,8 @@ def leaderboard_section(group: Group, gallery: Gallery) -> str:
     listed = "; ".join(f"{measure.heading}: {measure.why}" for measure in measures)
     return section(
         "Leaderboard",
-        "Mean score after the last stage (MFN, percent). Dot: mean over the seeds; line and ±: 95 % t-interval over the seeds, none "
-        "for a single one; rings: seeds.",
+        "Mean score after the last stage (MFN, percent). Dot: mean over the seeds; line and ±: 95 % t-interval over the seeds, "
+        "none for a single one; rings: seeds.",
         drawn,
         _table(group, measures),
         f'<p class="soft small">{escape(listed)}. Bold: the best mean; bounds are not ranked.</p>',
@@ -49,10 +49,7 @@ def _table(group: Group, measures: list[Measure]) -> str:
             for measure in measures
         )
         note = f' <span class="soft">{method.bound}</span>' if method.bound else ""
-        rows.append(
-            f'<tr><th scope="row"><i class="chip {colour(method.style, "t")}"></i>{escape(method.name)}{note}</th>'
-            f"<td>{len(method.runs)}</td>{cells}</tr>"
-        )
+        rows.append(f'<tr><th scope="row">{method_html(method, note)}</th><td>{len(method.runs)}</td>{cells}</tr>')
     return (
         '<div class="scroll"><table class="lines leaders"><thead><tr><th scope="col">Method</th><th scope="col">Seeds</th>'
         f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
@@ -92,9 +89,9 @@ def differences_section(group: Group, reference: str, gallery: Gallery) -> str:
         return ""
     return section(
         f"Paired differences to {escape(reference)}",
-        "Method less reference with the same seed, in points: mean, 95 % t-interval and seeds. An interval that does not touch zero "
-        "is a difference that another seed would be unlikely to turn round; with many methods some will be so by chance "
-        "(intervals are not corrected for their number). n/m: seeds in which the method is ahead.",
+        "Method less reference with the same seed, in points: mean, 95 % t-interval and seeds. An interval that does not touch "
+        "zero is a difference that another seed would be unlikely to turn round; with many methods some will be so by chance, "
+        "as the intervals are not corrected for their number. n/m: seeds in which the method is ahead.",
         *parts,
     )
 

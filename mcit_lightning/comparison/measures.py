@@ -75,13 +75,49 @@ SCORES = (
 """Percent, from the most looked-at on."""
 
 COSTS = (
-    Measure("trainable_params", "Trainable", "parameters that train, in the largest stage", largest_cost(lambda c: c.trainable_params), 0),
-    Measure("stored_params", "Stored", "parameters to keep after the last stage", last_cost(lambda c: c.stored_params), 0),
-    Measure("before_seconds", "Probe, router", "time before the training, all stages", total_cost(lambda c: _sum(c.proxy_seconds, c.router_seconds)), 0),
-    Measure("train_seconds", "Training", "time of the training loops, all stages", total_cost(lambda c: c.train_seconds), 0),
-    Measure("eval_seconds", "Evaluation", "time of the evaluations, all stages", total_cost(lambda c: c.eval_seconds), 0),
-    Measure("peak_memory_bytes", "Peak memory", "highest of all stages", largest_cost(lambda c: c.peak_memory_bytes), 0),
-)  # fmt: skip
+    Measure(
+        "trainable_params",
+        "Trainable",
+        "parameters that train, in the largest stage",
+        largest_cost(lambda cost: cost.trainable_params),
+        0,
+    ),
+    Measure(
+        "stored_params",
+        "Stored",
+        "parameters to keep after the last stage",
+        last_cost(lambda cost: cost.stored_params),
+        0,
+    ),
+    Measure(
+        "before_seconds",
+        "Probe, router",
+        "time before the training, all stages",
+        total_cost(lambda cost: _sum(cost.proxy_seconds, cost.router_seconds)),
+        0,
+    ),
+    Measure(
+        "train_seconds",
+        "Training",
+        "time of the training loops, all stages",
+        total_cost(lambda cost: cost.train_seconds),
+        0,
+    ),
+    Measure(
+        "eval_seconds",
+        "Evaluation",
+        "time of the evaluations, all stages",
+        total_cost(lambda cost: cost.eval_seconds),
+        0,
+    ),
+    Measure(
+        "peak_memory_bytes",
+        "Peak memory",
+        "highest of all stages",
+        largest_cost(lambda cost: cost.peak_memory_bytes),
+        0,
+    ),
+)
 """Parameters, seconds and bytes."""
 
 

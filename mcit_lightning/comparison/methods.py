@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 from mcit_lightning.comparison.find import Run
@@ -93,7 +94,7 @@ class Comparison:
     """Everything that is compared.
 
     Args:
-        groups: one per task order; the most complete first.
+        groups: one per task order, in the order in which they were found.
         reference: name of the method that the others are compared with.
         notices: what a reader must know before comparing.
         settings: key -> method -> value, for keys outside the strategies in which the methods differ.
@@ -115,6 +116,17 @@ class Comparison:
         return [run for group in self.groups for method in group.methods for run in method.runs]
 
 
+def method_html(method: Method, note: str = "") -> str:
+    """A method's name behind its colour; a long name may break after its underscores.
+
+    Args:
+        method: which one.
+        note: HTML behind the name.
+    """
+    kind = f"t{method.style % 8}" + (" alt" if method.style >= 8 else "")
+    return f'<span class="who"><i class="chip {kind}"></i><span>{escape(method.name).replace("_", "_<wbr>")}{note}</span></span>'
+
+
 def compare_runs(runs: Sequence[Run], left_out: Sequence[str] = (), reference: str | None = None) -> Comparison:
     """Group runs.
 
@@ -132,10 +144,9 @@ def compare_runs(runs: Sequence[Run], left_out: Sequence[str] = (), reference: s
     for name, own in named.items():
         for run in own:
             orders.setdefault(tuple(run.results.tasks), {}).setdefault(name, []).append(run)
-    complete = sorted(orders.items(), key=lambda item: -sum(map(len, item[1].values())))
     groups = [
         Group(list(tasks), [Method(name, styles[name], _by_seed(name, own)) for name, own in methods.items()], number)
-        for number, (tasks, methods) in enumerate(complete, start=1)
+        for number, (tasks, methods) in enumerate(orders.items(), start=1)
     ]
     settings = _settings(named)
     if left_out:
@@ -224,7 +235,9 @@ def _seed_notices(groups: list[Group]) -> list[str]:
         few = [name for name, count in counts.items() if count < 3]
         if few:
             which = f" of {', '.join(few)}" if len(few) < len(counts) else ""
-            notices.append(f"Fewer than three seeds{which}{where}: a mean of so few says little, and its interval is very wide.")
+            notices.append(
+                f"Fewer than three seeds{which}{where}: a mean of so few says little, and its interval is very wide."
+            )
     return notices
 
 
@@ -240,6 +253,8 @@ def _reference(groups: list[Group], wanted: str | None) -> str:
         if wanted not in known:
             raise ValueError(f"reference={wanted}: no such method among the runs. {nearest(wanted, known)}")
         return wanted
+    if "sequential" in known:
+        return "sequential"
     plain = next((m.name for g in groups for m in g.methods if m.strategy == "sequential"), None)
     ranked = [method for method in groups[0].ranked() if method.bound is None] or groups[0].ranked()
     return plain or ranked[0].name

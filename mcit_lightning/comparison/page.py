@@ -8,7 +8,7 @@ from mcit_lightning.comparison.curves import curves_section, matrices_section, p
 from mcit_lightning.comparison.freezing import freezing_section
 from mcit_lightning.comparison.gallery import Gallery
 from mcit_lightning.comparison.leaderboard import differences_section, leaderboard_section
-from mcit_lightning.comparison.methods import Comparison, Group
+from mcit_lightning.comparison.methods import Comparison
 from mcit_lightning.comparison.placement import modality_section, placement_section
 from mcit_lightning.comparison.routing import routing_section
 from mcit_lightning.comparison.samples import PicturesOf, samples_section

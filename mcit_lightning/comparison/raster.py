@@ -6,6 +6,7 @@ Colours are those of a light page; the classes are explained by the page's templ
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 from xml.etree import ElementTree
 
@@ -140,7 +141,9 @@ class _Pen:
     def _path(self, points: Sequence[tuple[float, float]], look: Look) -> None:
         pieces = [points] if look.dash is None else _dashes(points, [SCALE * part for part in look.dash])
         for piece in pieces:
-            self._draw.line(piece, fill=_paint(look.stroke, look), width=max(1, round(look.width * SCALE)), joint="curve")
+            self._draw.line(
+                piece, fill=_paint(look.stroke, look), width=max(1, round(look.width * SCALE)), joint="curve"
+            )
 
     def _rect(self, node: ElementTree.Element, look: Look) -> None:
         x, y, width, height = (float(node.attrib[key]) for key in ("x", "y", "width", "height"))
@@ -196,7 +199,7 @@ def _plain(text: str) -> str:
 def _dashes(points: Sequence[tuple[float, float]], dash: Sequence[float]) -> list[list[tuple[float, float]]]:
     """The drawn pieces of a dashed line."""
     pieces, drawn, left = [], True, dash[0]
-    for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
+    for (x, y), (to_x, to_y) in pairwise(points):
         length, done = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5, 0.0
         while length - done > 1e-6:
             step = min(left, length - done)

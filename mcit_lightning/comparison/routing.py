@@ -6,7 +6,6 @@ from html import escape
 from mcit_lightning.comparison.gallery import Gallery
 from mcit_lightning.comparison.heat import HeatCell, heat_map
 from mcit_lightning.comparison.methods import Group, Method
-from mcit_lightning.evaluation.formatting import number_text
 from mcit_lightning.evaluation.page import legend, section
 from mcit_lightning.evaluation.routing import NOWHERE
 from mcit_lightning.evaluation.svg import Line, line_chart
@@ -24,8 +23,8 @@ def routing_section(group: Group, gallery: Gallery) -> str:
     )
     return section(
         "Router confusion",
-        "Percent of a task's samples (row) that were routed first to each task (column) after the last stage, all seeds together. "
-        "None: left to the pretrained model.",
+        "Percent of a task's samples (row) that were routed first to each task (column) after the last stage, all seeds "
+        "together. None: left to the pretrained model.",
         f'<div class="tiled">{maps}</div>',
         _over_stages(group, routed, gallery),
     )

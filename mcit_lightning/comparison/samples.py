@@ -6,8 +6,7 @@ from html import escape
 from typing import Any
 
 from mcit_lightning.comparison.find import Run
-from mcit_lightning.comparison.intervals import colour
-from mcit_lightning.comparison.methods import Group, Method
+from mcit_lightning.comparison.methods import Group, Method, method_html
 from mcit_lightning.evaluation.formatting import NONE
 from mcit_lightning.evaluation.page import section
 from mcit_lightning.evaluation.predictions import read_predictions
@@ -65,7 +64,7 @@ def samples_section(group: Group, pictures: PicturesOf) -> str:
         image_of = pictures(next(run for method, run in runs if method.name in answers))
         shown = [method for method, _ in runs if method.name in answers]
         cards = [
-            card(task, _row(answers, index), _table(shown, answers, index), image_of)
+            card(task, row := _row(answers, index), _expected(row), image_of, _table(shown, answers, index))
             for index in choose(list(answers.values()))
         ]
         if cards:
@@ -77,8 +76,8 @@ def samples_section(group: Group, pictures: PicturesOf) -> str:
     )
     return section(
         "Sample answers",
-        "The same questions for every method, right after the task was learnt and after the last stage: two on which the methods end "
-        f"apart, one that all keep, one that none knows. {which}",
+        "The same questions for every method, right after the task was learnt and after the last stage: two on which the methods "
+        f"end apart, one that all know, one that none does. {which}",
         *parts,
     )
 
@@ -111,17 +110,18 @@ def _row(answers: dict[str, dict[int, Answers]], index: int) -> dict[str, Any]:
     return next(iter(answers.values()))[index].known
 
 
+def _expected(row: dict[str, Any]) -> str:
+    return f"<dl><dt>Expected</dt><dd>{escape(expected_text(row))}</dd></dl>"
+
+
 def _table(methods: Sequence[Method], answers: dict[str, dict[int, Answers]], index: int) -> str:
-    """Expected answer, then a row per method."""
+    """A row per method."""
     rows = []
     for method in methods:
         own = answers[method.name][index]
         cells = "".join(f"<td>{NONE if row is None else answer_html(row)}</td>" for row in (own.learnt, own.final))
-        rows.append(
-            f'<tr><th scope="row"><i class="chip {colour(method.style, "t")}"></i>{escape(method.name)}</th>{cells}</tr>'
-        )
+        rows.append(f'<tr><th scope="row">{method_html(method)}</th>{cells}</tr>')
     return (
-        f"<dl><dt>Expected</dt><dd>{escape(expected_text(_row(answers, index)))}</dd></dl>"
         '<table class="answers"><thead><tr><th></th><th scope="col">Just learnt</th><th scope="col">At the end</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
     )

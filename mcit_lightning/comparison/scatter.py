@@ -52,7 +52,7 @@ def scatter(
     """
     left, right, above, below = 46.0, 14.0, 26.0, 46.0
     x = Axis(_ticks([point.x for point in points], zeros[0], 4 if width < 600 else 7), left, width - right)
-    y = Axis(_ticks([point.y for point in points], zeros[1], 5), height - below, above)
+    y = Axis(_ticks([point.y for point in points], zeros[1], 8), height - below, above)
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}">']
     for tick in x.ticks:
         kind = "zero" if zeros[0] and tick == 0 else "grid"

@@ -48,9 +48,8 @@ def share_bars(rows: Sequence[ShareRow], *, width: int, title: str) -> str:
         for style, share in row.parts:
             own = inner * share
             if own > 0:
-                parts.append(
-                    f'<rect class="cell {style}" x="{x:.1f}" y="{middle - BAR / 2:g}" width="{max(own - 2, 1):.1f}" height="{BAR:g}"/>'
-                )
+                size = f'width="{max(own - 2, 1):.1f}" height="{BAR:g}"'
+                parts.append(f'<rect class="cell {style}" x="{x:.1f}" y="{middle - BAR / 2:g}" {size}/>')
             x += own
         parts.append(f'</g><text class="axis" x="{width - right + 12:g}" y="{middle + 4:g}">{escape(row.text)}</text>')
     return "".join([*parts, "</svg>"])

@@ -13,6 +13,8 @@ from mcit_lightning.comparison.methods import Comparison, Group, Method
 from mcit_lightning.comparison.statistics import Estimate
 from mcit_lightning.evaluation.formatting import NONE, count_text, number_text
 
+SHORT = ("MFN", "MFT", "BWT")
+"""Measures for which a terminal has room."""
 INTERVAL = "mean ± half the width of the 95 % t-interval over the seeds"
 """What stands in a cell of a table that people read."""
 SPREAD = ("n", "mean", "sd", "ci95_low", "ci95_high")
@@ -178,7 +180,7 @@ def terminal_tables(comparison: Comparison) -> list[Table]:
     """The scores for a terminal, a table per order."""
     tables = []
     for group in comparison.groups:
-        measures = shown_scores(group)[:5]
+        measures = [measure for measure in shown_scores(group) if measure.key in SHORT]
         table = Table(title=f"{group.order} (mean ± 95 % interval)", title_justify="left", box=None, pad_edge=False)
         table.add_column("method", no_wrap=True)
         for heading in ("seeds", *(measure.heading for measure in measures), COSTS[0].heading.lower()):

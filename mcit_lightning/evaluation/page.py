@@ -76,7 +76,8 @@ def chart(lines: list[Line], ticks: list[str], hints: list[str], *, title: str, 
     """Curves over stages twice: with labels for a wide page, with a legend for a phone."""
     wide = line_chart(lines, ticks, hints, width=1000, height=height, labels=True, title=title)
     narrow = line_chart(lines, ticks, hints, width=360, height=min(height, 280), labels=False, title=title)
-    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}{legend([(line.name, line.style) for line in lines])}</div>'
+    below = legend([(line.name, line.style) for line in lines])
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}{below}</div>'
 
 
 def legend(entries: Sequence[tuple[str, int]]) -> str:

@@ -36,7 +36,7 @@ def _card(task: str, sample: Sample, image_of: ImageOf | None) -> str:
     return card(task, sample.final, f"<dl>{items}</dl>", image_of)
 
 
-def card(task: str, row: Mapping[str, Any], content: str, image_of: ImageOf | None) -> str:
+def card(task: str, row: Mapping[str, Any], content: str, image_of: ImageOf | None, below: str = "") -> str:
     """A question with its picture.
 
     Args:
@@ -44,13 +44,14 @@ def card(task: str, row: Mapping[str, Any], content: str, image_of: ImageOf | No
         row: a prediction for it.
         content: what stands below the question (HTML).
         image_of: finds the picture.
+        below: what stands below the picture, over the card's whole width (HTML).
     """
     path = image_of(task, int(row["index"])) if image_of is not None else None
     picture = thumbnail(path) if path is not None else None
     image = f'<img src="{picture}" alt="" loading="lazy">' if picture else ""
     return (
         f'<article class="card{"" if image else " bare"}">{image}<div class="body">'
-        f'<p class="question">{escape(shortened(str(row["prompt"]), 280))}</p>{content}</div></article>'
+        f'<p class="question">{escape(shortened(str(row["prompt"]), 280))}</p>{content}</div>{below}</article>'
     )
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
@@ -152,10 +152,8 @@ def _stop(running: Sequence[_Running]) -> None:
 
 
 def _signal(entry: _Running, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(entry.process.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager
