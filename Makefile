@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install exp resume verify test test-all lint format tb clean
+.PHONY: help install exp resume sweep verify test test-all lint format tb clean
 
 help:  ## Show this list
 	@echo "mcit_lightning: continual instruction tuning on PyTorch Lightning"
@@ -32,6 +32,9 @@ exp: $(STAMP)  ## Run experiments/$(EXP).yaml; a run that was stopped goes on wh
 	$(BIN)/python -m mcit_lightning experiments/$(EXP).yaml $(ARGS)
 
 resume: exp  ## The same as exp
+
+sweep: $(STAMP)  ## Several strategies, task orders and seeds, compared: ARGS="strategies=sequential,dmole seeds=0,1,2 orders=2"
+	$(BIN)/python -m mcit_lightning sweep $(EXP) $(ARGS)
 
 verify: $(STAMP)  ## Check every row and picture of experiments/$(EXP).yaml, without the model
 	$(BIN)/python -m mcit_lightning data verify experiments/$(EXP).yaml $(ARGS)

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The experiment or plan, the keys, and how many at once."""
     parser.add_argument(
         "plan", metavar="EXPERIMENT|PLAN",
-        help="an experiment, or a YAML file with `runs` (name: {experiment, overrides}), `common` overrides, `seeds`, `orders`",
+        help="an experiment, or a YAML file with `runs` (name: {experiment, overrides}), `common` overrides, `seeds` and "
+        "`orders`",
     )  # fmt: skip
     parser.add_argument(
         "settings", nargs="*", metavar="key=value",
@@ -40,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", default="", metavar="0,1,...", help="GPUs to share out among the jobs (all to each)")
     keys = "\n".join(f"  {key + '=':12}{text}" for key, text in KEYS.items())
     parser.epilog = (
-        f"keys:\n{keys}\n\n{parser.epilog}\nA finished cell is not run again and an interrupted one continues: the same command completes the "
-        "sweep.\nexit status: 0 all cells are finished, 1 some failed, 2 bad input"
+        f"keys:\n{keys}\n\n{parser.epilog}\n"
+        "A finished cell is not run again and an interrupted one continues: the same command completes the sweep.\n"
+        "exit status: 0 all cells are finished, 1 some failed, 2 bad input"
     )
 
 

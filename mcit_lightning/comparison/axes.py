@@ -12,8 +12,10 @@ Box = tuple[float, float, float, float]
 
 
 def round_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Multiples of 1, 2 or 5 times a power of ten that cover the range, about so many."""
-    span = max(high - low, 1e-9)
+    """Multiples of 1, 2 or 5 times a power of ten that cover the range, about so many; a range without extent gets one."""
+    if high - low < 1e-6:
+        high = low + 1.0
+    span = high - low
     power = 10.0 ** math.floor(math.log10(span / about))
     step = next(step for factor in (1, 2, 5, 10) if span / (step := factor * power) <= about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -51,7 +51,7 @@ def curves_section(group: Group, gallery: Gallery) -> str:
     spread = " Band: 95 % t-interval over the seeds." if bands and any(len(m.runs) > 1 for m in drawn) else ""
     return section(
         "Forgetting curves",
-        f"Score of each task after each stage, mean over the seeds, from the stage in which it was learnt on.{spread} A single dot: a "
+        f"Score of each task after each stage, mean over the seeds; dotted before the task was learnt.{spread} A single dot: a "
         "method that evaluates the task only once.",
         f'<div class="pairs">{"".join(charts)}</div>',
     )

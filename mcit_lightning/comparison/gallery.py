@@ -1,6 +1,7 @@
 """The figures of a comparison: put on the page, and kept for the other places that show them."""
 
 from collections.abc import Callable
+from html import escape
 
 WIDE, NARROW = 1000, 360
 """Widths in CSS pixels at which a figure's text has its natural size: on a desktop, on a phone."""
@@ -23,7 +24,7 @@ class Gallery:
         """
         assert name not in self.figures, name
         self.figures[name] = svg
-        return f'<figure data-figure="{name}">{shown or svg}</figure>'
+        return f'<figure data-figure="{escape(name)}">{shown or svg}</figure>'
 
     def add_sizes(self, name: str, draw: Callable[[int], str], *, wide: int = WIDE, below: str = "") -> str:
         """A figure that is drawn for a wide page and for a phone, as HTML.

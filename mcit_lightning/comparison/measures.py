@@ -127,13 +127,13 @@ def shown_scores(group: Group) -> list[Measure]:
 
 
 def best_of(measure: Measure, group: Group) -> set[str]:
-    """Names of the methods with the best mean, bounds not counted; none if fewer than two can be ranked."""
+    """Names of the methods with the best mean, bounds not counted; none if all are alike or fewer than two."""
     means = {
         method.name: round(found.mean, 6)
         for method in group.methods
         if method.bound is None and (found := measure.of(method)) is not None
     }
-    if measure.better == 0 or len(means) < 2:
+    if measure.better == 0 or len(set(means.values())) < 2:
         return set()
     best = max(means.values()) if measure.better > 0 else min(means.values())
     return {name for name, mean in means.items() if mean == best}

@@ -98,11 +98,23 @@ def choose(answers: Sequence[dict[int, Answers]]) -> list[int]:
 
 
 def _answers(run: Run, task: str) -> dict[int, Answers]:
-    """Question -> the run's answers."""
+    """Question -> the run's answers.
+
+    Raises:
+        ValueError: the predictions are damaged.
+    """
     results = run.results
     last, own = results.matrix.last_row(), results.tasks.index(task)
-    learnt = read_predictions(run.folder, results.folder_of(own), task)
-    final = read_predictions(run.folder, None if last is None else results.folder_of(last), task)
+    try:
+        learnt = read_predictions(run.folder, results.folder_of(own), task)
+        final = read_predictions(run.folder, None if last is None else results.folder_of(last), task)
+        for row in (*learnt.values(), *final.values()):
+            _ = float(row["score"]), row["prompt"], row["text"], row["answer"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run.folder}: its predictions of {task} are not as a run writes them ({type(error).__name__}: {error}). "
+            "Restore them from a copy, or remove the run's predictions folder to compare it without sample answers"
+        ) from error
     return {index: Answers(learnt.get(index), final.get(index)) for index in learnt.keys() | final.keys()}
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -47,8 +47,19 @@ class _Running:
     since: float
 
 
+def run_command(cell: Cell) -> list[str]:
+    """The command line of a cell's process."""
+    command = [sys.executable, "-m", "mcit_lightning", cell.experiment, *cell.overrides, f"out={cell.folder}"]
+    return [*command, "trainer.enable_progress_bar=false"]
+
+
 def execute(
-    cells: Sequence[Cell], *, jobs: int = 1, threads: int | None = None, gpus: Sequence[str] = ()
+    cells: Sequence[Cell],
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    gpus: Sequence[str] = (),
+    command: Callable[[Cell], list[str]] = run_command,
 ) -> list[Outcome]:
     """Run every cell that is not finished; a failure does not stop the others.
 
@@ -59,6 +70,7 @@ def execute(
         jobs: how many at once.
         threads: CPU threads of each; None leaves that to torch.
         gpus: devices to share out among the jobs (`CUDA_VISIBLE_DEVICES`); none leaves all to each.
+        command: from a cell to the command line that runs it.
 
     Returns:
         An outcome per cell, in the order of `cells`.
@@ -83,7 +95,8 @@ def execute(
             while waiting or running:
                 while waiting and len(running) < jobs:
                     slot = min(set(range(jobs)) - {entry.slot for entry in running})
-                    running.append(_start(waiting.pop(0), slot, _environment(slot, jobs, threads, gpus)))
+                    cell = waiting.pop(0)
+                    running.append(_start(cell, slot, command(cell), _environment(slot, jobs, threads, gpus)))
                 time.sleep(POLL_SECONDS)
                 for entry in [entry for entry in running if entry.process.poll() is not None]:
                     running.remove(entry)
@@ -95,11 +108,9 @@ def execute(
     return [outcomes[cell] for cell in cells]
 
 
-def _start(cell: Cell, slot: int, environment: dict[str, str]) -> _Running:
+def _start(cell: Cell, slot: int, command: list[str], environment: dict[str, str]) -> _Running:
     """Start a cell in a session of its own, so that Ctrl-C reaches this process alone; the log is appended to."""
     cell.folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "mcit_lightning", cell.experiment, *cell.overrides, f"out={cell.folder}"]
-    command.append("trainer.enable_progress_bar=false")
     logger.info("start %s", cell.folder)
     with cell.log.open("ab") as output:
         process = subprocess.Popen(
