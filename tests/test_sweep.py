@@ -133,7 +133,7 @@ def test_a_real_sweep_is_killed_and_completed(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mcit_lightning", "sweep", *arguments]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     second = out / "branchlora/seed0"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 480
     while not (second / "stage_01/final.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout

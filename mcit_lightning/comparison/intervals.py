@@ -9,6 +9,8 @@ from mcit_lightning.comparison.statistics import Estimate
 from mcit_lightning.evaluation.formatting import number_text
 from mcit_lightning.evaluation.page import shortened
 
+LONGEST = 290.0
+"""Most room for the names on a wide page."""
 ROW, HEAD = 30.0, 17.0
 """Height of a row, and of the line with its name above it on a narrow page."""
 
@@ -51,7 +53,7 @@ def interval_plot(
     """
     narrow = width < 600
     names = [f"{row.name} {row.note}".strip() for row in rows]
-    left = 8.0 if narrow else min(260.0, max(map(text_width, names)) + 16)
+    left = 8.0 if narrow else min(LONGEST, max(map(text_width, names)) + 16)
     right = max(text_width(_text(row, signed=signed)) for row in rows) + 12
     each = ROW + HEAD if narrow else ROW
     ends = [end for row in rows for end in (row.value.low, row.value.high, *row.value.values)]
@@ -92,7 +94,7 @@ def _text(row: Row, *, signed: bool) -> str:
 
 def _name(row: Row, room: int) -> str:
     note = f' <tspan class="axis">{escape(row.note)}</tspan>' if row.note else ""
-    return escape(shortened(row.name, max(8, room - len(row.note)))) + note
+    return escape(shortened(row.name, max(8, room - len(row.note) - 1 if row.note else room))) + note
 
 
 def _mark(row: Row, axis: Axis, y: float, *, signed: bool) -> str:

@@ -7,8 +7,10 @@ from html import escape
 Scale = Callable[[float], float]
 """From a value to a coordinate."""
 
-SHORT, LONG = 15, 19
-"""Characters of a label for which the usual room is enough, and most that are shown."""
+LETTER = 7.5
+"""Room for a character of a label, in CSS pixels."""
+LONG = 19
+"""Characters of a label that are shown."""
 LABEL_STEP = 16.0
 """Least distance between the baselines of two labels."""
 
@@ -60,7 +62,7 @@ def line_chart(
         top: upper end of the vertical axis, a multiple of 25.
     """
     longest = max((len(line.name) for line in lines), default=0)
-    right = (164 if longest <= SHORT else 194) if labels else 14
+    right = 24 + LETTER * (min(longest, LONG) + len(" 100.0")) if labels else 14
     left, above, bottom = 34, 12, 30
     inner_width, inner_height = width - left - right, height - above - bottom
 
