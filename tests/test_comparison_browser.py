@@ -47,7 +47,7 @@ for (const svg of svgs) {
 found.cut = svgs.flatMap(svg => [...svg.querySelectorAll('text')].filter(text =>
   box(text).left < box(svg).left - 1 || box(text).right > box(svg).right + 1).map(text => [name(svg), text.textContent]));
 found.small = svgs.flatMap(svg => [...svg.querySelectorAll('text')].filter(text => box(text).height < 11).map(() => name(svg)));
-found.wider = page.documentElement.scrollWidth - inside.innerWidth;
+found.wider = page.documentElement.scrollWidth - page.documentElement.clientWidth;
 found.pictures = [...page.images].map(image => image.naturalWidth);
 found.loaded = inside.performance.getEntriesByType('resource').map(entry => entry.name).filter(url => !url.startsWith('data:'));
 found.background = inside.getComputedStyle(page.body).backgroundColor;
@@ -60,7 +60,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two orders, five methods, one with a long name and two that end alike."""
     root = make_sweep(tmp_path_factory.mktemp("sweep"), seeds=3, orders=2)
     for seed in range(3):
-        make_run(root / f"a_method_with_a_very_long_name/seed{seed}", strategy="ewc", seed=seed, lost=15.0)
+        make_run(root / f"a_method_with_a_very_long_name/seed{seed}", strategy="ewc", seed=seed, lost=45.0)
     picture = Image.new("RGB", (40, 30), "red")
     return comparison_page(compare_runs(*find_runs([root])), "Comparison", lambda run: lambda task, index: picture)[0]
 

@@ -53,7 +53,7 @@ def interval_plot(
     """
     narrow = width < 600
     names = [f"{row.name} {row.note}".strip() for row in rows]
-    left = 8.0 if narrow else min(LONGEST, max(map(text_width, names)) + 16)
+    left = 16.0 if narrow else min(LONGEST, max(map(text_width, names)) + 16)
     right = max(text_width(_text(row, signed=signed)) for row in rows) + 12
     each = ROW + HEAD if narrow else ROW
     ends = [end for row in rows for end in (row.value.low, row.value.high, *row.value.values)]
@@ -73,7 +73,7 @@ def interval_plot(
         top = each * number
         y = top + (HEAD + ROW / 2 if narrow else ROW / 2)
         room = int((width - 16 if narrow else left - 12) / text_width("x"))
-        anchor = f'x="{left:g}" y="{top + 14:g}"' if narrow else f'x="{left - 12:g}" y="{y + 4:g}" text-anchor="end"'
+        anchor = f'x="0" y="{top + 14:g}"' if narrow else f'x="{left - 12:g}" y="{y + 4:g}" text-anchor="end"'
         parts.append(f'<text class="label {colour(row.style, "t")}" {anchor}>{_name(row, room)}</text>')
         parts.append(_mark(row, axis, y, signed=signed))
         text, _, half = _text(row, signed=signed).partition(" ")
