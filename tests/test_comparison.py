@@ -10,7 +10,7 @@ from comparison_runs import TASKS, make_run, make_sweep
 
 from mcit_lightning.__main__ import main
 from mcit_lightning.comparison.find import find_runs
-from mcit_lightning.comparison.methods import compare_runs
+from mcit_lightning.comparison.grouping import compare_runs
 
 
 def test_a_sweep_folder_gives_methods_seeds_and_orders(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from comparison_runs import make_run, make_sweep
 from PIL import Image
 
 from mcit_lightning.comparison.find import find_runs
-from mcit_lightning.comparison.methods import compare_runs
+from mcit_lightning.comparison.grouping import compare_runs
 from mcit_lightning.comparison.page import comparison_page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

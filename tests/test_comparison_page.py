@@ -14,7 +14,8 @@ from test_report import parse
 from mcit_lightning.__main__ import main
 from mcit_lightning.comparison.find import find_runs
 from mcit_lightning.comparison.gallery import Gallery
-from mcit_lightning.comparison.methods import Comparison, compare_runs
+from mcit_lightning.comparison.grouping import compare_runs
+from mcit_lightning.comparison.methods import Comparison
 from mcit_lightning.comparison.page import comparison_page
 from mcit_lightning.comparison.raster import MARGIN, SCALE, rasterize
 from mcit_lightning.comparison.samples import Answers, choose

@@ -100,7 +100,8 @@ def make_plan(source: str, settings: Sequence[str]) -> "tuple[SweepPlan, dict[st
 
     from mcit_lightning.loading import find_experiment
     from mcit_lightning.registry import nearest
-    from mcit_lightning.sweep.plan import SweepPlan, SweepRun, check_name, plan_runs, read_plan, strategy_runs
+    from mcit_lightning.sweep.plan import SweepPlan, SweepRun
+    from mcit_lightning.sweep.runs import check_name, plan_runs, read_plan, strategy_runs
 
     own: dict[str, str] = {}
     common: list[str] = []

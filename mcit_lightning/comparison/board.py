@@ -9,6 +9,7 @@ from mcit_lightning.comparison.gallery import Gallery
 from mcit_lightning.comparison.measures import COSTS, SCORES
 from mcit_lightning.comparison.methods import Comparison, Group, Method
 from mcit_lightning.comparison.raster import rasterize
+from mcit_lightning.comparison.statistics import Estimate
 from mcit_lightning.evaluation.transfer import SUMMARY
 
 FIGURES = "figures"
@@ -42,9 +43,13 @@ def _scalars(writer: SummaryWriter, group: Group, method: Method) -> None:
             if (cell := cell_estimate(method, row, column)) is not None:
                 writer.add_scalar(f"score/{task}", cell.mean, row + 1)
         for key in SUMMARY:
-            value = method.estimate(lambda run, key=key, row=row: run.results.summary_per_stage[row][key])  # type: ignore[misc]
-            if value is not None:
+            if (value := _summary(method, row, key)) is not None:
                 writer.add_scalar(f"summary/{key}", value.mean, row + 1)
     for measure in (*SCORES, *COSTS):
         if (value := measure.of(method)) is not None:
             writer.add_scalar(f"final/{measure.key}", value.mean, 0)
+
+
+def _summary(method: Method, row: int, key: str) -> Estimate | None:
+    """Mean over the seeds of a summary after a stage."""
+    return method.estimate(lambda run: run.results.summary_per_stage[row][key])

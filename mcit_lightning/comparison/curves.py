@@ -24,6 +24,11 @@ def cell_estimate(method: Method, row: int, column: int) -> Estimate | None:
     return method.estimate(lambda run: run.results.matrix.scores[row][column])
 
 
+def _zero_shot(method: Method, column: int) -> Estimate | None:
+    """Mean over the seeds of a score before training."""
+    return method.estimate(lambda run: None if run.results.zero_shot is None else run.results.zero_shot[column])
+
+
 def curves_section(group: Group, gallery: Gallery) -> str:
     """A chart per task with a curve per method; empty for a single stage."""
     stages = len(group.tasks)
@@ -93,10 +98,7 @@ def matrices_section(group: Group, gallery: Gallery) -> str:
     parts = []
     for method in group.ranked():
         rows: list[tuple[str, list[HeatCell | None]]] = []
-        before = [
-            method.estimate(lambda run, at=column: (run.results.zero_shot or [None] * (at + 1))[at])
-            for column in range(len(group.tasks))
-        ]  # type: ignore[misc]
+        before = [_zero_shot(method, column) for column in range(len(group.tasks))]
         if any(before):
             rows.append(
                 (

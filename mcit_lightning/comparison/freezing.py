@@ -2,15 +2,14 @@
 
 from html import escape
 
-from mcit_lightning.allocation import natural
 from mcit_lightning.comparison.gallery import Gallery
 from mcit_lightning.comparison.heat import HeatCell, heat_map
 from mcit_lightning.comparison.methods import Group, Method
 from mcit_lightning.evaluation.formatting import number_text
-from mcit_lightning.evaluation.module_map import TOWER_NAMES, Cell, columns_text, draw_map
+from mcit_lightning.evaluation.module_map import TOWER_NAMES, columns_text
 from mcit_lightning.evaluation.page import section
-from mcit_lightning.evaluation.placement import Branch, branches, tower_modules
-from mcit_lightning.evaluation.report_freezing import stage_legend, stage_style
+from mcit_lightning.evaluation.placement import branches, tower_modules
+from mcit_lightning.evaluation.report_freezing import freezing_map, stage_legend
 
 
 def freezing_section(group: Group, gallery: Gallery) -> str:
@@ -73,40 +72,13 @@ def _shares(method: Method) -> str:
 
 
 def _maps(method: Method, name: str, gallery: Gallery) -> list[str]:
-    """A map per tower: a column per module, a row per branch."""
+    """A map per tower, of the first seed."""
     results = method.runs[0].results
-    fates = branches(results)
-    styles = {stage: stage_style(number) for number, stage in enumerate(results.freezing)}
     parts = []
     for modules in tower_modules(results):
-        layers = [(label, [path for path in own if fates.get(path)]) for label, own in modules.layers]
-        paths = [path for _, own in layers for path in own]
-        if not paths:
-            continue
-        names = sorted({branch for path in paths for branch in fates[path]}, key=natural)
-        rows = [
-            (branch, [_cell(modules.short(path), branch, fates[path].get(branch), styles) for path in paths])
-            for branch in names
-        ]
-        title = f"{method.name}, {TOWER_NAMES[modules.tower]}: when each branch froze, and who used it again"
-        drawn = draw_map([(label, len(own)) for label, own in layers if own], rows, title=title)
-        about = f"{TOWER_NAMES[modules.tower]}, seed {results.seed}. {columns_text(modules)}"
-        parts.append(
-            f'<p class="soft small">{about}</p>{gallery.add(f"{name}/{modules.tower}", drawn.picture, shown=drawn.html)}'
-        )
+        drawn = freezing_map(results, modules, about=f"{method.name}, ")
+        if drawn is not None:
+            about = f"{TOWER_NAMES[modules.tower]}, seed {results.seed}. {columns_text(modules)}"
+            figure = gallery.add(f"{name}/{modules.tower}", drawn.picture, shown=drawn.html)
+            parts.append(f'<p class="soft small">{about}</p>{figure}')
     return parts
-
-
-def _cell(path: str, name: str, branch: Branch | None, styles: dict[str, str]) -> Cell | None:
-    if branch is None:
-        return None
-    if branch.frozen is None:
-        return Cell("", f"{path}, {name}: tunable")
-    again = f", used most again in {', '.join(branch.again)}" if branch.again else ""
-    dot = styles[branch.again[-1]] if branch.again else ""
-    return Cell(
-        styles[branch.frozen],
-        f"{path}, {name}: frozen after {branch.frozen}{again}",
-        dot=bool(branch.again),
-        dot_style=dot,
-    )

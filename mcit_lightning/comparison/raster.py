@@ -56,10 +56,10 @@ LOOKS: dict[str, Look] = {
 }
 """First class of an element -> its look."""
 ALTERED = {
-    "after": {"dash": (8, 5)},
-    "mean": {"fill": PAGE, "stroke": "current", "width": 2.0},
+    "after": Look(stroke="current", width=2.25, dash=(8, 5)),
+    "mean": Look(fill=PAGE, stroke="current", width=2.0),
 }
-"""What the class `alt` changes."""
+"""Looks together with the class `alt`."""
 TOWERS = {"vision": TASK_LIGHT[1], "language": TASK_LIGHT[0]}
 NUMBER = r"-?\d+(?:\.\d+)?"
 
@@ -102,9 +102,8 @@ class _Pen:
     def _look(self, node: ElementTree.Element) -> Look:
         """The look of an element with its colours resolved."""
         classes = node.get("class", "").split()
-        look = next((LOOKS[name] for name in classes if name in LOOKS), Look())
-        if "alt" in classes:
-            look = replace(look, **next((ALTERED[name] for name in classes if name in ALTERED), {}))
+        looks = {**LOOKS, **ALTERED} if "alt" in classes else LOOKS
+        look = next((looks[name] for name in classes if name in looks), Look())
         if "--l" in self._style:
             look = replace(look, fill=self._style["--li" if node.tag == "text" else "--l"])
         task = next((int(name[1]) for name in classes if re.fullmatch(r"[st][0-7]", name)), None)

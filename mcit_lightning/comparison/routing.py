@@ -6,6 +6,7 @@ from html import escape
 from mcit_lightning.comparison.gallery import Gallery
 from mcit_lightning.comparison.heat import HeatCell, heat_map
 from mcit_lightning.comparison.methods import Group, Method
+from mcit_lightning.comparison.statistics import Estimate
 from mcit_lightning.evaluation.page import legend, section
 from mcit_lightning.evaluation.routing import NOWHERE
 from mcit_lightning.evaluation.svg import Line, line_chart
@@ -56,16 +57,17 @@ def _confusion(method: Method, tasks: list[str]) -> str:
     return heat_map(rows, names, title=f"Router confusion of {method.name}")
 
 
+def _accuracy(method: Method, stage: str) -> Estimate | None:
+    """Mean over the seeds of the router's accuracy after a stage."""
+    return method.estimate(lambda run: (run.results.routing or {}).get("per_stage", {}).get(stage))
+
+
 def _over_stages(group: Group, routed: list[Method], gallery: Gallery) -> str:
     """Accuracy of the routers after each stage, mean over the seeds."""
     lines = []
     for method in routed:
-        values = []
-        for stage in group.tasks:
-            found = method.estimate(
-                lambda run, stage=stage: (run.results.routing or {}).get("per_stage", {}).get(stage)
-            )  # type: ignore[misc]
-            values.append(None if found is None else found.mean)
+        found = [_accuracy(method, stage) for stage in group.tasks]
+        values = [None if own is None else own.mean for own in found]
         if any(value is not None for value in values):
             lines.append(Line(method.name, method.style, values))
     if not lines or len(group.tasks) < 2:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mcit_lightning.comparison.board import write_board
 from mcit_lightning.comparison.find import find_runs
-from mcit_lightning.comparison.methods import Comparison, compare_runs
+from mcit_lightning.comparison.grouping import compare_runs
+from mcit_lightning.comparison.methods import Comparison
 from mcit_lightning.comparison.page import PAGE_FILE, comparison_page
 from mcit_lightning.comparison.samples import PicturesOf
 from mcit_lightning.comparison.tables import comparison_tables

@@ -29,15 +29,13 @@ class Cell:
     Args:
         style: CSS classes; empty for a slot that is not filled.
         title: what it means.
-        dot: draw a dot on it.
-        dot_style: CSS classes of the dot; empty for the page's colour.
+        dot: CSS classes of a dot on it; empty for none.
         share: how much of the slot's colour is covered, from 0 to 1.
     """
 
     style: str
     title: str
-    dot: bool = False
-    dot_style: str = ""
+    dot: str = ""
     share: float = 1.0
 
 
@@ -52,19 +50,6 @@ class ModuleMap:
 
     html: str
     picture: str
-
-
-def module_map(
-    layers: list[tuple[str, int]],
-    rows: list[tuple[str, list[Cell | None]]],
-    *,
-    title: str,
-    bars: list[tuple[int, str]] | None = None,
-    highest: int = 1,
-    style: str = "",
-) -> str:
-    """The map of `draw_map` for a page."""
-    return draw_map(layers, rows, title=title, bars=bars, highest=highest, style=style).html
 
 
 def draw_map(
@@ -156,8 +141,7 @@ def _cell(cell: Cell, x: float, y: float, width: float) -> str:
     if not cell.dot:
         return box
     radius = min(3.0, width / 2 - 0.5)
-    kind = f"again {cell.dot_style}".strip()
-    return f'{box}<circle class="{kind}" cx="{x + width / 2:g}" cy="{y + ROW / 2 - 1:g}" r="{radius:g}"/>'
+    return f'{box}<circle class="again {cell.dot}" cx="{x + width / 2:g}" cy="{y + ROW / 2 - 1:g}" r="{radius:g}"/>'
 
 
 def _bar(share: float, text: str, x: float, top: int, width: float, style: str) -> str:
