@@ -51,6 +51,14 @@ def test_other_settings_under_one_name_are_kept_apart(tmp_path: Path) -> None:
     assert any("strategy.rank: 4 and 8" in notice for notice in comparison.notices)
 
 
+def test_runs_of_two_machines_are_one_method(tmp_path: Path) -> None:
+    for seed, root in enumerate(("there", "elsewhere/data")):
+        settings = {"data": {"root": root, "limit_train": 9}, "backbone": {"id": f"{root}/model"}}
+        make_run(tmp_path / f"m/seed{seed}", seed=seed, settings=settings)
+    comparison = compare_runs(*find_runs([tmp_path]))
+    assert comparison.names == ["m"] and comparison.settings == {}
+
+
 def test_what_else_differs_between_methods_is_said(tmp_path: Path) -> None:
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", strategy="ewc", settings={"data": {"limit_train": 200}})

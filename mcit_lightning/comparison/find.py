@@ -27,7 +27,8 @@ class Run:
         folder: its directory.
         name: of its method: the folder's name, without the parts that say seed and order.
         results: what it found.
-        settings: its resolved configuration, dotted keys; empty if the file is not there.
+        settings: its resolved configuration, dotted keys; empty if the file is not there. Paths below the data's folder do not
+            say where that is, so that runs of two machines are alike.
         config: the same, nested.
     """
 
@@ -62,10 +63,20 @@ def find_runs(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
                 left_out.append(f"{folder} ({reason})")
                 continue
             _, config = read_settings(folder)
-            runs.append(Run(folder, name, load_run(folder), flatten(config), config))
+            runs.append(Run(folder, name, load_run(folder), _portable(flatten(config)), config))
     if not runs:
         raise ValueError(f"no run is finished: {'; '.join(left_out)}. Continue them first")
     return runs, left_out
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    root = settings.get("data.root")
+    if not isinstance(root, str) or not root:
+        return settings
+    return {
+        key: value.replace(root, "${data.root}", 1) if isinstance(value, str) and value.startswith(root) else value
+        for key, value in settings.items()
+    }
 
 
 def _folders(path: Path) -> list[tuple[Path, str]]:
