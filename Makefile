@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install exp resume verify test test-all lint format docs tb clean
+.PHONY: help install exp resume sweep verify test test-all lint format docs tb clean
 
 help:  ## Show this list
 	@echo "mcit_lightning: continual instruction tuning on PyTorch Lightning"
@@ -33,6 +33,9 @@ exp: $(STAMP)  ## Run the experiment EXP; a run that was stopped goes on where i
 	$(BIN)/python -m mcit_lightning $(EXP) $(ARGS)
 
 resume: exp  ## The same as exp
+
+sweep: $(STAMP)  ## Several strategies, task orders and seeds, compared: ARGS="strategies=sequential,dmole seeds=0,1,2 orders=2"
+	$(BIN)/python -m mcit_lightning sweep $(EXP) $(ARGS)
 
 verify: $(STAMP)  ## Check every row and picture of the experiment EXP, without the model
 	$(BIN)/python -m mcit_lightning data verify $(EXP) $(ARGS)

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks.transfer import _enter_structure
 from mcit_lightning.evaluation.figures import SLOT, placement_image
-from mcit_lightning.evaluation.module_map import SMALLEST, Cell, module_map
+from mcit_lightning.evaluation.module_map import SMALLEST, Cell, draw_map
 from mcit_lightning.evaluation.placement import Branch, Expert, branches, experts, times_chosen, tower_modules
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
@@ -126,7 +126,8 @@ def test_branches_know_when_they_froze_and_who_used_them_again(tmp_path: Path) -
         "0.attn.q, e2: frozen after later",
     }
     assert (
-        page.count('<circle class="again"') == 1 and page.count('class="cell t0"') == page.count('class="cell t1"') == 1
+        page.count('<circle class="again t1"') == 1
+        and page.count('class="cell t0"') == page.count('class="cell t1"') == 1
     )
     table = page[page.index("<h2>Frozen branches</h2>") :]
     assert re.findall(r"<td>([^<]*)</td>", table)[:6] == ["1", "0", "2 (67 %)", "1", "1", "1 (33 %)"]
@@ -136,13 +137,13 @@ def test_where_no_branch_was_used_again_nothing_is_said_about_it(tmp_path: Path)
     results = with_frozen()
     results.freezing["later"][f"{LANGUAGE}0.attn.q"] = ["e2"]
     page = page_of(results, tmp_path)
-    assert "Used again" not in page and "A dot" not in page and '<circle class="again"' not in page
+    assert "Used again" not in page and "A dot" not in page and '<circle class="again' not in page
 
 
 def drawn(count: int) -> tuple[str, list[float], float]:
     """A map of so many modules in layers of four, the left edges of its columns, and its width."""
     cells: list[Cell | None] = [Cell("", f"m{n}") for n in range(count)]
-    svg = module_map([(str(n), 4) for n in range(count // 4)], [("task", cells)], title="t")
+    svg = draw_map([(str(n), 4) for n in range(count // 4)], [("task", cells)], title="t").html
     edges = [float(x) for x in re.findall(r'<rect class="cell" x="([\d.]+)"', svg)]
     width = re.search(r'<svg viewBox="0 0 ([\d.]+)', svg)
     assert width

@@ -17,7 +17,9 @@ from mcit_lightning.evaluation.results import Results
 from mcit_lightning.evaluation.samples import choose_samples, thumbnail
 from mcit_lightning.evaluation.table import stage_table
 
-VOID = {"meta", "img", "br", "line", "polyline"}
+VOID = {"meta", "img", "br", "wbr", "line", "polyline"}
+SHAPES = {"circle", "rect", "polygon"}
+"""Elements of drawings that may close themselves, and may hold a title."""
 EVIL = "<script>alert('x')</script>"
 
 
@@ -36,8 +38,10 @@ class Parser(HTMLParser):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        assert tag in VOID
+        assert tag in VOID | SHAPES
         self.handle_starttag(tag, attrs)
+        if tag in SHAPES:
+            self.open.pop()
 
     def handle_endtag(self, tag):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes {self.open[-3:]}"

@@ -61,7 +61,7 @@ def test_pages_are_written_again_with_pictures(
     before = {
         path: path.read_bytes() for path in sorted(whole.rglob("*")) if path.is_file() and path.name != "report.html"
     }
-    assert main(["report", str(whole), str(part)]) == 0
+    assert main(["report", "--each", str(whole), str(part)]) == 0
     assert capsys.readouterr().out.split() == [str(whole / "report.html"), str(part / "report.html")]
     page = (whole / "report.html").read_text()
     assert "finished" in page and "name: exp" in page and "a?" in page and "b?" in page
@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_run_is_one_clear_error(
 ) -> None:
     good, bad = make_run(tmp_path / "good", data), make_run(tmp_path / "bad", data)
     spoil(bad)  # type: ignore[operator]
-    assert main(["report", str(bad), str(good)]) == 2
+    assert main(["report", "--each", str(bad), str(good)]) == 2
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 1 and str(bad) in errors[0] and wanted in errors[0]
     assert not (good / "report.html").exists()
@@ -113,8 +113,17 @@ def test_a_folder_that_is_no_run_is_one_clear_error(
 
 def test_the_folder_above_runs_names_one_of_them(tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_run(tmp_path / "runs/first", data)
-    assert main(["report", str(tmp_path / "runs")]) == 2
+    assert main(["report", "--each", str(tmp_path / "runs")]) == 2
     assert "its folder first is one" in caplog.text
+
+
+def test_the_folder_above_runs_becomes_a_comparison_with_pictures(tmp_path: Path, data: Path) -> None:
+    for name in ("first", "second"):
+        (make_run(tmp_path / "runs" / name, data) / "state.json").write_text('{"finished": true}')
+    assert main(["report", str(tmp_path / "runs")]) == 0
+    page = (tmp_path / "runs/comparison.html").read_text()
+    assert page.count('src="data:image/jpeg;base64,') == 1, "the one question of task a"
+    assert not (tmp_path / "runs/first/report.html").exists()
 
 
 def test_settings_that_are_no_tasks_only_cost_the_pictures(tmp_path: Path, data: Path) -> None:

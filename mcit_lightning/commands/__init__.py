@@ -92,8 +92,15 @@ COMMANDS = (
         ("report",),
         "mcit_lightning.commands.report",
         "RUN [RUN ...]",
-        "write report.html of finished or unfinished runs again, from their own files, without the model",
-        "report runs/quickstart runs/trial",
+        "write a run's report.html again from its own files, or compare several runs: a page, tables, TensorBoard",
+        "report runs/sweep_quickstart --reference sequential",
+    ),
+    Command(
+        ("sweep",),
+        "mcit_lightning.commands.sweep",
+        "EXPERIMENT|PLAN [key=value ...]",
+        "run several strategies, task orders and seeds, and compare them; the same command continues it",
+        "sweep quickstart strategies=sequential,dmole seeds=0,1,2 orders=2 --jobs 2",
     ),
     Command(
         ("chat",),

@@ -1,11 +1,13 @@
-"""`mcit-lightning report RUN [RUN ...]`: write the page of a run again, from what is in its directory."""
+"""`mcit-lightning report RUN [RUN ...]`: the page of a run from what is in its directory, or a comparison of several runs."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mcit_lightning.evaluation.results import Results
+    from mcit_lightning.comparison.find import Run
+    from mcit_lightning.evaluation.samples import ImageOf
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RUN",
-        help="a run directory, finished or not; its report.html is replaced",
+        help="one run directory, finished or not: its report.html is replaced. Several, or a folder of them such as a sweep's: "
+        "the finished ones are compared",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="where the comparison goes: comparison.html, tables, tensorboard/ (the folder of runs if one is named, "
+        "else runs/comparison)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reference", metavar="METHOD", help="what the others are compared with (sequential if there, else the best)"
+    )
+    parser.add_argument(
+        "--each", action="store_true", help="replace the report.html of every run instead of comparing them"
     )
 
 
@@ -28,11 +42,31 @@ def command(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
-    from mcit_lightning.commands.pictures import TestPictures
-    from mcit_lightning.evaluation.report import write_report
+    from mcit_lightning.evaluation.open_run import STATE_FILE
+    from mcit_lightning.evaluation.results import RESULTS_FILE
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    loaded = [(root, load_run(root), *read_settings(root)) for root in options.runs]
+    roots: list[Path] = options.runs
+    folders = [
+        root for root in roots if root.is_dir() and not any((root / f).exists() for f in (RESULTS_FILE, STATE_FILE))
+    ]
+    if options.each or (len(roots) == 1 and not folders):
+        if options.out or options.reference:
+            raise ValueError("--out and --reference: are for a comparison; name several runs, or a folder of them")
+        _rewrite(roots, console)
+        return 0
+    out = options.out or (folders[0] if len(roots) == 1 else Path("runs/comparison"))
+    compare(roots, out, options.reference, console)
+    return 0
+
+
+def _rewrite(roots: Sequence[Path], console: Any) -> None:
+    """Write the page of every run."""
+    from mcit_lightning.commands.pictures import TestPictures
+    from mcit_lightning.evaluation.open_run import load_run, read_settings
+    from mcit_lightning.evaluation.report import write_report
+
+    loaded = [(root, load_run(root), *read_settings(root)) for root in roots]
     for root, results, text, settings in loaded:
         try:
             page = write_report(root, results, text, TestPictures(settings))
@@ -43,45 +77,29 @@ def command(options: argparse.Namespace) -> int:
                 "Restore them from a copy; MCIT_DEBUG=1 shows where"
             ) from error
         console.print(str(page))
-    return 0
 
 
-def load_run(root: Path) -> "Results":
-    """The results of a run directory.
-
-    Raises:
-        ValueError: it is none, nothing was evaluated yet, or `results.json` is damaged.
-    """
-    from mcit_lightning.evaluation.results import RESULTS_FILE, Results
-
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; name a run directory, for example runs/quickstart")
-    if not (root / RESULTS_FILE).is_file():
-        if (root / "state.json").is_file():
-            raise ValueError(f"{root}: the run has no {RESULTS_FILE} yet, as nothing was evaluated; continue it first")
-        inside = sorted(path.parent.name for path in root.glob(f"*/{RESULTS_FILE}"))
-        hint = f"; its folder {inside[0]} is one" if inside else ""
-        raise ValueError(f"{root}: is no run directory, it holds no {RESULTS_FILE}{hint}")
-    return Results.load(root)
-
-
-def read_settings(root: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a run's `config.yaml` and its content; empty if there is none.
+def compare(paths: Sequence[Path], out: Path, reference: str | None, console: Any) -> None:
+    """Write a comparison of the finished runs at `paths`, show its table, and say where it is.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: a path holds no run, or none is finished.
+        OSError: the files cannot be written.
     """
-    import yaml
+    import logging
 
-    path = root / "config.yaml"
-    if not path.is_file():
-        return "", {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text) or {}
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        first = "nested too deeply" if isinstance(error, RecursionError) else str(error).strip().splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as YAML ({first}). Restore it from a copy, or remove it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: is no mapping of keys to values. Restore it from a copy, or remove it")
-    return text, content
+    from mcit_lightning.commands.pictures import TestPictures
+    from mcit_lightning.comparison.tables import terminal_tables
+    from mcit_lightning.comparison.write import write_comparison
+
+    found: dict[Path, ImageOf] = {}
+
+    def pictures(run: "Run") -> "ImageOf":
+        return found.setdefault(run.folder, TestPictures(run.config))
+
+    comparison, page = write_comparison(paths, out, pictures, reference=reference)
+    for notice in comparison.notices:
+        logging.getLogger(__name__).warning("%s", notice)
+    for table in terminal_tables(comparison):
+        console.print(table)
+    console.print(str(page))

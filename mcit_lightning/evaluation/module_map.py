@@ -29,15 +29,30 @@ class Cell:
     Args:
         style: CSS classes; empty for a slot that is not filled.
         title: what it means.
-        dot: draw a dot on it.
+        dot: CSS classes of a dot on it; empty for none.
+        share: how much of the slot's colour is covered, from 0 to 1.
     """
 
     style: str
     title: str
-    dot: bool = False
+    dot: str = ""
+    share: float = 1.0
 
 
-def module_map(
+@dataclass(frozen=True)
+class ModuleMap:
+    """A drawn map.
+
+    Args:
+        html: for a page, with the names of the rows beside the drawing, so that they stay where it scrolls.
+        picture: an SVG with the names in it.
+    """
+
+    html: str
+    picture: str
+
+
+def draw_map(
     layers: list[tuple[str, int]],
     rows: list[tuple[str, list[Cell | None]]],
     *,
@@ -45,7 +60,7 @@ def module_map(
     bars: list[tuple[int, str]] | None = None,
     highest: int = 1,
     style: str = "",
-) -> str:
+) -> ModuleMap:
     """Draw a grid with the names of its rows beside it; what does not fit the page scrolls, the names stay.
 
     Args:
@@ -66,8 +81,7 @@ def module_map(
         x += pitch * size + gap
     bottom = HEAD + ROW * len(rows)
     width, height = max(x - gap, 1.0), bottom + (BARS if bars else 0)
-    parts = [f'<svg viewBox="0 0 {width:g} {height}" width="{width:g}" height="{height}" role="img"']
-    parts.append(f' aria-label="{escape(title)}">{_labels(layers, starts)}')
+    parts = [_labels(layers, starts)]
     own = pitch - (2 if pitch >= 8 else 1)
     for number, (_, cells) in enumerate(rows):
         y = HEAD + ROW * number
@@ -81,7 +95,22 @@ def module_map(
     names = "".join(f'<span title="{escape(name)}">{escape(name)}</span>' for name, _ in rows)
     if bars:
         names += f'<span class="sum">Chosen (of {highest})</span>'
-    return f'<div class="map"><div class="rows">{names}</div><div class="scroll">{"".join(parts)}</svg></div></div>'
+    inner, about = "".join(parts), f'role="img" aria-label="{escape(title)}"'
+    svg = f'<svg viewBox="0 0 {width:g} {height}" width="{width:g}" height="{height}" {about}>{inner}</svg>'
+    html = f'<div class="map"><div class="rows">{names}</div><div class="scroll">{svg}</div></div>'
+    return ModuleMap(html, _with_names([name for name, _ in rows], inner, width, height, about))
+
+
+def _with_names(names: list[str], inner: str, width: float, height: int, about: str) -> str:
+    left = 7 * max(map(len, names), default=0) + 12
+    texts = "".join(
+        f'<text class="axis" x="{left - 8}" y="{HEAD + ROW * number + 13}" text-anchor="end">{escape(name)}</text>'
+        for number, name in enumerate(names)
+    )
+    return (
+        f'<svg viewBox="0 0 {left + width:g} {height}" width="{left + width:g}" {about}>{texts}'
+        f'<g transform="translate({left},0)">{inner}</g></svg>'
+    )
 
 
 def columns_text(modules: TowerModules) -> str:
@@ -105,11 +134,14 @@ def _labels(layers: list[tuple[str, int]], starts: list[float]) -> str:
 def _cell(cell: Cell, x: float, y: float, width: float) -> str:
     kind = f"cell {cell.style}" if cell.style else "cell"
     title = f"<title>{escape(cell.title)}</title>"
-    box = f'<rect class="{kind}" x="{x:g}" y="{y}" width="{width:g}" height="{ROW - 2}">{title}</rect>'
+    place = f'x="{x:g}" y="{y}" width="{width:g}" height="{ROW - 2}"'
+    box = f'<rect class="{kind}" {place}>{title}</rect>'
+    if cell.share < 1:
+        box = f'<rect class="cell" {place}/><rect class="{kind}" {place} fill-opacity="{cell.share:.2f}">{title}</rect>'
     if not cell.dot:
         return box
     radius = min(3.0, width / 2 - 0.5)
-    return f'{box}<circle class="again" cx="{x + width / 2:g}" cy="{y + ROW / 2 - 1:g}" r="{radius:g}"/>'
+    return f'{box}<circle class="again {cell.dot}" cx="{x + width / 2:g}" cy="{y + ROW / 2 - 1:g}" r="{radius:g}"/>'
 
 
 def _bar(share: float, text: str, x: float, top: int, width: float, style: str) -> str:

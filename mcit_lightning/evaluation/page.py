@@ -2,10 +2,23 @@
 
 from collections.abc import Sequence
 from html import escape
+from importlib.resources import files
+from string import Template
 
-from mcit_lightning.evaluation.colours import css, ink, score_colour
+from mcit_lightning.evaluation.colours import TASK_DARK, TASK_LIGHT, css, ink, score_colour
 from mcit_lightning.evaluation.formatting import number_text
 from mcit_lightning.evaluation.svg import Line, line_chart
+
+
+def render_page(title: str, body: Sequence[str]) -> str:
+    """A whole page of parts (HTML); empty parts are left out."""
+    template = Template(files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title),
+        light_colours=" ".join(f"--t{n}: {colour};" for n, colour in enumerate(TASK_LIGHT)),
+        dark_colours=" ".join(f"--t{n}: {colour};" for n, colour in enumerate(TASK_DARK)),
+        body="\n".join(part for part in body if part),
+    )
 
 
 def section(heading: str, why: str, *content: str) -> str:
@@ -18,10 +31,14 @@ def heat_cell(score: float | None, *, own: bool = False) -> str:
     """A cell of a heat-map in percent, empty for None; `own` prints it bold."""
     if score is None:
         return '<td class="empty"></td>'
-    light, dark = score_colour(score), score_colour(score, dark=True)
-    colours = f"--l:{css(light)};--li:{css(ink(light))};--d:{css(dark)};--di:{css(ink(dark))}"
     kind = ' class="own"' if own else ""
-    return f'<td{kind} style="{colours}">{number_text(score)}</td>'
+    return f'<td{kind} style="{score_style(score)}">{number_text(score)}</td>'
+
+
+def score_style(score: float) -> str:
+    """Colours of a score and of the text on it, light and dark, as CSS variables."""
+    light, dark = score_colour(score), score_colour(score, dark=True)
+    return f"--l:{css(light)};--li:{css(ink(light))};--d:{css(dark)};--di:{css(ink(dark))}"
 
 
 def heat_row(name: str, cells: str) -> str:
@@ -57,12 +74,19 @@ def line_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]
 
 def chart(lines: list[Line], ticks: list[str], hints: list[str], *, title: str, height: int) -> str:
     """Curves over stages twice: with labels for a wide page, with a legend for a phone."""
-    legend = "".join(
-        f'<li style="color:var(--t{line.style % 8})"><i></i><span>{escape(line.name)}</span></li>' for line in lines
-    )
     wide = line_chart(lines, ticks, hints, width=1000, height=height, labels=True, title=title)
     narrow = line_chart(lines, ticks, hints, width=360, height=min(height, 280), labels=False, title=title)
-    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}<ul class="legend">{legend}</ul></div>'
+    below = legend([(line.name, line.style) for line in lines])
+    return f'<div class="wide">{wide}</div><div class="narrow">{narrow}{below}</div>'
+
+
+def legend(entries: Sequence[tuple[str, int]]) -> str:
+    """Names of curves with the numbers of their colours; from the ninth on the lines are dashed, and so are their marks."""
+    items = "".join(
+        f'<li class="t{style % 8}{" alt" if style >= 8 else ""}"><i></i><span>{escape(name)}</span></li>'
+        for name, style in entries
+    )
+    return f'<ul class="legend">{items}</ul>'
 
 
 def shortened(text: str, length: int) -> str:

@@ -1,14 +1,11 @@
 """One self-contained page about a run: no network, no script, light and dark, readable on a phone."""
 
 from html import escape
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
-from mcit_lightning.evaluation.colours import TASK_DARK, TASK_LIGHT
 from mcit_lightning.evaluation.files import write_atomic
 from mcit_lightning.evaluation.formatting import NONE, number_text
-from mcit_lightning.evaluation.page import chart, heat_cell, heat_row, heat_table, section
+from mcit_lightning.evaluation.page import chart, heat_cell, heat_row, heat_table, render_page, section
 from mcit_lightning.evaluation.report_budget import budget_section
 from mcit_lightning.evaluation.report_cost import cost_section
 from mcit_lightning.evaluation.report_freezing import freezing_section
@@ -67,13 +64,7 @@ def write_report(root: Path, results: Results, config_yaml: str, image_of: Image
         samples_section(root, results, image_of),
         f"<details><summary>Configuration</summary><pre>{escape(config_yaml)}</pre></details>",
     ]
-    template = Template(files(__package__).joinpath("report_template.html").read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=escape(f"{results.experiment}: {results.strategy}"),
-        light_colours=" ".join(f"--t{n}: {colour};" for n, colour in enumerate(TASK_LIGHT)),
-        dark_colours=" ".join(f"--t{n}: {colour};" for n, colour in enumerate(TASK_DARK)),
-        body="\n".join(part for part in body if part),
-    )
+    page = render_page(f"{results.experiment}: {results.strategy}", body)
     path = root / REPORT_FILE
     write_atomic(path, page)
     return path

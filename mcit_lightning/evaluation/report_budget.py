@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from mcit_lightning.evaluation.formatting import NONE, amount_text, number_text
-from mcit_lightning.evaluation.module_map import TOWER_NAMES, Cell, columns_text, module_map
+from mcit_lightning.evaluation.module_map import TOWER_NAMES, Cell, columns_text, draw_map
 from mcit_lightning.evaluation.page import section
 from mcit_lightning.evaluation.placement import Expert, TowerModules, experts, times_chosen, tower_modules
 from mcit_lightning.evaluation.results import Results
@@ -77,7 +77,7 @@ def _placement(results: Results, modules: TowerModules) -> str:
         (stage, [_cell(modules, stage, path, expert) for path, expert in own.items()]) for stage, own in decided.items()
     ]
     bars = [(chosen[path], f"{modules.short(path)}: chosen in {chosen[path]} of {stages}") for path in modules.paths]
-    drawn = module_map(
+    drawn = draw_map(
         [(label, len(own)) for label, own in modules.layers],
         rows,
         title=f"{TOWER_NAMES[modules.tower]}: which module got an expert in which stage",
@@ -90,7 +90,7 @@ def _placement(results: Results, modules: TowerModules) -> str:
     of = f" of {len(modules.paths)}" if measured else ""  # without scores, only those are known that were chosen
     return (
         f'<h3>{TOWER_NAMES[modules.tower]}</h3><p class="soft">{used}{of} modules got an expert in some stage. '
-        f"{columns_text(modules)}</p>{drawn}"
+        f"{columns_text(modules)}</p>{drawn.html}"
     )
 
 

@@ -1,7 +1,9 @@
 """The report's cards with test questions, before and after later tasks."""
 
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from mcit_lightning.evaluation.page import section, shortened
 from mcit_lightning.evaluation.results import Results
@@ -25,26 +27,44 @@ def samples_section(root: Path, results: Results, image_of: ImageOf | None) -> s
 
 
 def _card(task: str, sample: Sample, image_of: ImageOf | None) -> str:
-    path = image_of(task, int(sample.final["index"])) if image_of is not None else None
+    rows = [("Expected", escape(expected_text(sample.final)))]
+    if sample.learnt is sample.final:
+        rows.append(("Answered", answer_html(sample.final)))
+    else:
+        rows += [("Just learnt", answer_html(sample.learnt)), ("At the end", answer_html(sample.final))]
+    items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
+    return card(task, sample.final, f"<dl>{items}</dl>", image_of)
+
+
+def card(task: str, row: Mapping[str, Any], content: str, image_of: ImageOf | None, below: str = "") -> str:
+    """A question with its picture.
+
+    Args:
+        task: of the question.
+        row: a prediction for it.
+        content: what stands below the question (HTML).
+        image_of: finds the picture.
+        below: what stands below the picture, over the card's whole width (HTML).
+    """
+    path = image_of(task, int(row["index"])) if image_of is not None else None
     picture = thumbnail(path) if path is not None else None
     image = f'<img src="{picture}" alt="" loading="lazy">' if picture else ""
-    reference = sample.final["answer"]
-    expected = (
-        ", ".join(dict.fromkeys(str(item) for item in reference)) if isinstance(reference, list) else str(reference)
-    )
-    rows = [("Expected", escape(expected))]
-    if sample.learnt is sample.final:
-        rows.append(("Answered", _answer(sample.final)))
-    else:
-        rows += [("Just learnt", _answer(sample.learnt)), ("At the end", _answer(sample.final))]
-    items = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
     return (
         f'<article class="card{"" if image else " bare"}">{image}<div class="body">'
-        f'<p class="question">{escape(shortened(str(sample.final["prompt"]), 280))}</p><dl>{items}</dl></div></article>'
+        f'<p class="question">{escape(shortened(str(row["prompt"]), 280))}</p>{content}</div>{below}</article>'
     )
 
 
-def _answer(row: dict[str, object]) -> str:
+def expected_text(row: Mapping[str, Any]) -> str:
+    """The reference answer of a prediction; different ones with commas between them."""
+    reference = row["answer"]
+    if isinstance(reference, list):
+        return ", ".join(dict.fromkeys(str(item) for item in reference))
+    return str(reference)
+
+
+def answer_html(row: Mapping[str, Any]) -> str:
+    """The answer of a prediction with a mark that says whether it is right."""
     right = float(str(row["score"])) >= RIGHT
     mark, word, kind = ("\N{CHECK MARK}", "right", "up") if right else ("\N{MULTIPLICATION X}", "wrong", "down")
     text = shortened(str(row["text"]).strip(), 160) or "(empty)"

@@ -1,12 +1,16 @@
 """A line chart as inline SVG: no script, no fonts of its own, colours from the page's CSS classes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 Scale = Callable[[float], float]
 """From a value to a coordinate."""
 
+LETTER = 7.5
+"""Room for a character of a label, in CSS pixels."""
+LONG = 19
+"""Characters of a label that are shown."""
 LABEL_STEP = 16.0
 """Least distance between the baselines of two labels."""
 
@@ -20,12 +24,14 @@ class Line:
         style: number that picks the colour (`s0` to `s7` in the page's CSS); from 8 on the line is dashed.
         values: one per tick of the horizontal axis.
         solid_from: index from which the line is solid; before it, it is dotted.
+        spread: lower and upper end of a band around the values, None where there is none; empty draws no band.
     """
 
     name: str
     style: int
     values: list[float | None]
     solid_from: int = 0
+    spread: Sequence[tuple[float, float] | None] = ()
 
     def points(self) -> list[tuple[int, float]]:
         """The known values with their index."""
@@ -33,9 +39,17 @@ class Line:
 
 
 def line_chart(
-    lines: list[Line], ticks: list[str], hints: list[str], *, width: int, height: int, labels: bool, title: str
+    lines: list[Line],
+    ticks: list[str],
+    hints: list[str],
+    *,
+    width: int,
+    height: int,
+    labels: bool,
+    title: str,
+    top: int = 100,
 ) -> str:
-    """Draw scores (0 to 100) over stages.
+    """Draw scores (0 to `top`) over stages.
 
     Args:
         lines: the curves.
@@ -45,19 +59,21 @@ def line_chart(
         height: height likewise.
         labels: write each curve's name at its end; leave it out where the page has a legend.
         title: what a screen reader says.
+        top: upper end of the vertical axis, a multiple of 25.
     """
-    right = 164 if labels else 14
-    left, top, bottom = 34, 12, 30
-    inner_width, inner_height = width - left - right, height - top - bottom
+    longest = max((len(line.name) for line in lines), default=0)
+    right = 24 + LETTER * (min(longest, LONG) + len(" 100.0")) if labels else 14
+    left, above, bottom = 34, 12, 30
+    inner_width, inner_height = width - left - right, height - above - bottom
 
     def x(index: float) -> float:
         return left + inner_width * (index / (len(ticks) - 1) if len(ticks) > 1 else 0.5)
 
     def y(value: float) -> float:
-        return top + inner_height * (1 - min(max(value, 0.0), 100.0) / 100.0)
+        return above + inner_height * (1 - min(max(value, 0.0), top) / top)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}">']
-    for value in range(0, 101, 25):
+    for value in range(0, top + 1, 25):
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
         parts.append(f'<text class="axis" x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
     every = max(1, round(len(ticks) * 44 / inner_width + 0.49))
@@ -66,12 +82,23 @@ def line_chart(
             parts.append(
                 f'<text class="axis" x="{x(index):.1f}" y="{height - 8}" text-anchor="middle">{escape(tick)}</text>'
             )
+    parts += [_band(line, x, y) for line in lines if line.spread]
     for line in lines:
         parts.extend(_curve(line, hints, x, y))
     if labels:
         parts.extend(_end_labels(lines, x, y, width - right, height - bottom))
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _band(line: Line, x: Scale, y: Scale) -> str:
+    """The area between the ends of the spread, as far as they are known."""
+    known = [(index, ends) for index, ends in enumerate(line.spread) if ends is not None]
+    if len(known) < 2:
+        return ""
+    upper = [f"{x(index):.1f},{y(high):.1f}" for index, (_, high) in known]
+    lower = [f"{x(index):.1f},{y(low):.1f}" for index, (low, _) in reversed(known)]
+    return f'<polygon class="band s{line.style % 8}" points="{" ".join(upper + lower)}"/>'
 
 
 def _curve(line: Line, hints: list[str], x: Scale, y: Scale) -> list[str]:
@@ -109,7 +136,7 @@ def _end_labels(lines: list[Line], x: Scale, y: Scale, edge: float, floor: float
     parts = []
     for (height, last, line), place in zip(ends, places, strict=True):
         start = x(last) + 7
-        name = line.name if len(line.name) <= 15 else line.name[:14] + "\N{HORIZONTAL ELLIPSIS}"
+        name = line.name if len(line.name) <= LONG else line.name[: LONG - 1] + "\N{HORIZONTAL ELLIPSIS}"
         value = line.points()[-1][1]
         parts.append(
             f'<polyline class="lead s{line.style % 8}" points="{start:.1f},{height:.1f} {edge + 17:.1f},{place:.1f}"/>'
