@@ -7,11 +7,19 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 
-@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel, processor: ProcessorMixin, inputs: dict[str, Any], max_new_tokens: int, end_id: int
 ) -> list[str]:
+    """B answers without special tokens and surrounding white space; arguments as for `generate_tokens`."""
+    answers = generate_tokens(model, inputs, max_new_tokens, end_id)
+    return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def generate_tokens(model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: int, end_id: int) -> Tensor:
     """Answer a batch of left-padded prompts, greedily and with a KV cache.
+
+    A row's tokens do not depend on the rest of the batch: padding is masked, and positions count real tokens.
 
     Args:
         inputs: the processor's tensors; `input_ids` [B, L] padded on the left, so that all answers start at position L.
@@ -19,11 +27,11 @@ def generate_answers(
         end_id: token that ends an answer in the prompt template; not for every model the tokenizer's end of text.
 
     Returns:
-        B answers without special tokens and surrounding white space.
+        [B, N], the new tokens, N at most `max_new_tokens`; what follows a row's end token is padding.
     """
     input_ids: Tensor = inputs["input_ids"]
     generated = model.generate(  # type: ignore[operator]
         **inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=end_id
     )
-    answers = generated[:, input_ids.shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    answers: Tensor = generated[:, input_ids.shape[1] :]
+    return answers
