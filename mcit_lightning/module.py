@@ -148,7 +148,10 @@ class MCITModule(L.LightningModule):
         self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
         for name, value in output.parts.items():
             self.log(f"train/{name}", value.detach(), batch_size=size)
+        length = batch["inputs"]["input_ids"].shape[1]
         self.log("train/tokens", float(batch["num_tokens"]), batch_size=size)
+        self.log("train/length", float(length), batch_size=size)
+        self.log("train/padding", 1.0 - batch["num_tokens"] / (size * length), batch_size=size)
         for name in ("shortened", "dropped"):
             self.log(
                 f"train/{name}",

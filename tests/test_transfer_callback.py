@@ -40,7 +40,12 @@ class Split(Dataset):
 
 
 def collate(samples):
-    return {"task": [s.task for s in samples], "id": [s.id for s in samples], "index": [s.row for s in samples]}
+    return {
+        "task": [s.task for s in samples],
+        "id": [s.id for s in samples],
+        "index": [s.row for s in samples],
+        "num_tokens": 10 * len(samples),
+    }
 
 
 class Stream(LightningDataModule):
@@ -154,7 +159,7 @@ def trainer(root, folder, logger, *more, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **{"max_epochs": 2, **options},
+        **{"max_epochs": 2, "log_every_n_steps": 1, **options},
     )
 
 
@@ -195,6 +200,7 @@ def test_a_whole_run(parts, capsys):
     events = EventAccumulator(str(root / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("forgetting/a")] == [0, 1, 2]
+    assert all(event.value > 0 for event in events.Scalars("train/tokens_per_second"))
     assert "BWT −80.00" in capsys.readouterr().out
 
 
