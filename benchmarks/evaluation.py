@@ -88,10 +88,11 @@ class Sequence:
                 torch.autocast("cpu", torch.bfloat16, enabled=enabled),
                 module.strategy.routing(module.towers, batch, None),
             ):
-                texts = generate_answers(
-                    module.model, module.processor, batch["inputs"], config.data.max_new_tokens, end
-                )
-            answers[row, task, batch["index"][0]] = texts[0]
+                tokens = module.model.generate(  # type: ignore[operator]
+                    **batch["inputs"], do_sample=False, max_new_tokens=config.data.max_new_tokens, eos_token_id=end
+                )[:, batch["inputs"]["input_ids"].shape[1] :]
+            (text,) = module.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            answers[row, task, batch["index"][0]] = text.strip()
 
 
 def measure(options: argparse.Namespace) -> None:
