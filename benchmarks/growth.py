@@ -4,18 +4,25 @@
     python benchmarks/growth.py --cpu-time --threads 1     # on a machine that is busy with other work
 
 Experts, branches, routers and keys of 1, 5, 10 and 20 tasks are put into the model (random weights). A step is forward, backward
-and AdamW on a batch of one task; an evaluation batch is routing, prefill and decoding. All counts run in turn, and ratios are to
-one task (for D-MoLE's evaluation and first epoch to five: with one task there is no co-expert). Peak memory is the growth of a process's resident memory from before
-the model is built to the end of three steps, each variant in a process of its own, relative to plain LoRA with the same number of
-trainable parameters (the nearest rank).
+and AdamW on a batch of one task; an evaluation batch is routing, prefill and decoding of a batch that was not seen before. All
+counts run in turn. Peak memory is how much a process's resident memory grows from before the model is built to its highest in
+three steps, each variant in a process of its own, relative to plain LoRA with about as many trainable parameters.
 """
 
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import workload
+from ratios import Row, in_turn, parser, prepare, ratio_row, report
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mcit_lightning.backbone import Backbone, load_backbone
 from mcit_lightning.data.datamodule import ContinualDataModule
@@ -100,3 +107,106 @@ def timed(clock: Callable[[], float], run: Callable[[], None], repeats: int) -> 
     for _ in range(repeats):
         run()
     return (clock() - begin) / repeats
+
+
+def times(options: argparse.Namespace, folder: Path, clock: Callable[[], float]) -> list[Row]:
+    """Rows of one strategy after another."""
+    rows = []
+    for name, node in STRATEGIES.items():
+        learnt = {count: Learnt(folder, node, count) for count in COUNTS}
+        kinds: dict[str, Callable[[Learnt], None]] = {"training step": Learnt.step, "evaluation batch": Learnt.evaluate}
+        if name == "dmole":
+            kinds["training step, first epoch"] = lambda model: model.step(first_epoch=True)
+        for kind, call in kinds.items():
+            for model in learnt.values():
+                call(model)
+            variants = {
+                str(count): lambda model=model, call=call: timed(clock, lambda: call(model), 2)
+                for count, model in learnt.items()
+            }
+            samples = in_turn(variants, options.rounds)  # type: ignore[arg-type]
+            for count in COUNTS[1:]:
+                target = "<= 1.15" if count == max(COUNTS) and kind == "training step" else ""
+                what = f"{name}: {kind}, {count} tasks"
+                rows.append(ratio_row(str(count), "1", samples, name=what, base="1 task", target=target))
+    return rows
+
+
+def memory(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Rows of peak memory relative to plain LoRA of equal size."""
+    rows = []
+    for name in STRATEGIES:
+        for count in (1, max(COUNTS)):
+            found = []
+            for _ in range(options.memory_rounds):
+                own = _child(options, folder, name, count, None)
+                found.append((own, _child(options, folder, "sequential", count, own["trainable"])))
+            ratios = sorted(own["bytes"] / lora["bytes"] for own, lora in found)
+            own, lora = found[0]
+            rows.append(
+                Row(
+                    f"{name}: peak memory, {count} task(s)",
+                    f"LoRA, {lora['trainable']:,} for {own['trainable']:,} parameters",
+                    ratios[len(ratios) // 2],
+                    ratios[0],
+                    ratios[-1],
+                    sorted(own["bytes"] for own, _ in found)[len(found) // 2] / 2**20,
+                    "MiB",
+                    "<= 1.05",
+                )
+            )
+    return rows
+
+
+def _child(options: argparse.Namespace, folder: Path, name: str, tasks: int, trainable: int | None) -> dict[str, int]:
+    command = [sys.executable, __file__, "--child", json.dumps([str(folder), name, tasks, trainable])]
+    if options.threads:
+        command += ["--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(folder: str, name: str, tasks: int, trainable: int | None) -> dict[str, int]:
+    """What one variant needs; runs in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    node = STRATEGIES.get(name, "")
+    if name == "sequential":
+        assert trainable is not None
+        rank = max(1, round(trainable / lora_parameters(Path(folder))))
+        node, tasks = f"{{name: sequential, rank: {rank}, alpha: {2 * rank}}}", 1
+    model = Learnt(Path(folder), node, tasks)
+    for _ in range(3):
+        model.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"bytes": (peak - before) * 1024, "trainable": sum(parameter.numel() for parameter in model.trained)}
+
+
+def lora_parameters(folder: Path) -> int:
+    """Parameters of plain LoRA per unit of its rank, on every linear of the decoder."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder / "model"))
+    linears = (module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
+    return sum(linear.in_features + linear.out_features for linear in linears)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run the benchmark."""
+    clock = prepare(options)
+    if options.child:
+        sys.stdout.write(json.dumps(child(*json.loads(options.child))) + "\n")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = workload.build(Path(name), layers=options.layers, train=32, test=16)
+        rows = times(options, folder, clock) + memory(options, folder)
+    report(f"growth with the number of tasks, {options.layers} decoder layers, batch 8", rows, options)
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__, rounds=7)
+    arguments.add_argument("--layers", type=int, default=6, help="of the decoder; SmolLM2-135M has 30")
+    arguments.add_argument("--memory-rounds", type=int, default=3)
+    arguments.add_argument("--child", help=argparse.SUPPRESS)
+    measure(arguments.parse_args())

@@ -194,7 +194,7 @@ class DMoLE(ContinualStrategy):
         config = self.config
         if plan.stage not in self.tasks:
             self.tasks.append(plan.stage)
-        self._helpers.clear()
+        self.forget_co_experts()
         for path, rank in plan.ranks.items():
             layer = towers.attach(path, scale=config.alpha / config.rank, dropout=config.dropout)
             layer.add_branch(plan.stage, rank, seed=self.seed, path=path)
@@ -310,6 +310,10 @@ class DMoLE(ContinualStrategy):
             enough = votes[winner] >= self.config.vote_share * votes.sum().clamp(min=1)
             helpers = torch.where(enough, winner, torch.full_like(winner, -1)).expand(len(keys))
         return active + _one_hot(helpers, len(self.tasks))
+
+    def forget_co_experts(self) -> None:
+        """Look for the co-expert of every sample anew."""
+        self._helpers.clear()
 
     def _co_expert(self, errors: Tensor, own: Tensor) -> Tensor:
         """[B], index of the best task before each sample's own; -1 where there is none."""
