@@ -51,6 +51,7 @@ class Learnt:
         self.strategy.check(self.backbone.towers, STAGES)
         batches = [batch for batch, _ in zip(stream.probe_loader(16), range(2), strict=False)]
         self.model, self.towers = self.backbone.model.eval(), self.backbone.towers
+        self._features: torch.Tensor | None = None
         for stage in STAGES[:tasks]:
             self._grow(stage, batches)
         self.trained = list(self.strategy.trainable(self.towers, self.stage))
@@ -70,7 +71,9 @@ class Learnt:
             self.strategy.scores = dict(zip(paths, scores.tolist(), strict=True))
         self.strategy.grow(self.towers, self.strategy.plan(stage, self.towers))
         if self.strategy.router_samples(16):
-            features = torch.cat([self.strategy.features(self.towers, batch) for batch in batches])
+            if self._features is None:  # of the pretrained model: the same for all tasks, so they get noise
+                self._features = torch.cat([self.strategy.features(self.towers, batch) for batch in batches])
+            features = self._features
             noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(stage.index))
             self.strategy.fit_router(stage, features + 0.1 * noise)
 
@@ -113,7 +116,7 @@ def times(options: argparse.Namespace, folder: Path, clock: Callable[[], float])
     """Rows of one strategy after another."""
     rows = []
     for name, node in STRATEGIES.items():
-        learnt = {count: Learnt(folder, node, count) for count in COUNTS}
+        learnt = {count: Learnt(folder, node, count) for count in options.tasks}
         kinds: dict[str, Callable[[Learnt], None]] = {"training step": Learnt.step, "evaluation batch": Learnt.evaluate}
         if name == "dmole":
             kinds["training step, first epoch"] = lambda model: model.step(first_epoch=True)
@@ -125,7 +128,7 @@ def times(options: argparse.Namespace, folder: Path, clock: Callable[[], float])
                 for count, model in learnt.items()
             }
             samples = in_turn(variants, options.rounds)  # type: ignore[arg-type]
-            for count in COUNTS[1:]:
+            for count in options.tasks[1:]:
                 target = "<= 1.15" if count == max(COUNTS) and kind == "training step" else ""
                 what = f"{name}: {kind}, {count} tasks"
                 rows.append(ratio_row(str(count), "1", samples, name=what, base="1 task", target=target))
@@ -136,7 +139,7 @@ def memory(options: argparse.Namespace, folder: Path) -> list[Row]:
     """Rows of peak memory relative to plain LoRA of equal size."""
     rows = []
     for name in STRATEGIES:
-        for count in (1, max(COUNTS)):
+        for count in (1, max(options.tasks)):
             found = []
             for _ in range(options.memory_rounds):
                 own = _child(options, folder, name, count, None)
@@ -207,6 +210,9 @@ def measure(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__, rounds=7)
     arguments.add_argument("--layers", type=int, default=6, help="of the decoder; SmolLM2-135M has 30")
+    arguments.add_argument(
+        "--tasks", type=int, nargs="+", default=list(COUNTS), help="numbers of learnt tasks, from 1 on"
+    )
     arguments.add_argument("--memory-rounds", type=int, default=3)
     arguments.add_argument("--child", help=argparse.SUPPRESS)
     measure(arguments.parse_args())
