@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import workload
@@ -58,7 +59,7 @@ def one_run(folder: Path, experiment: Path) -> dict[str, float]:
         tested = sum(stop - go for go, stop in tests if end <= go and stop <= start)
         boundaries.append(start - end - tested)
     steps = [at for name, at in events if name in ("first batch", "batch")]
-    durations = [b - a for a, b in zip(steps[1:STEPS], steps[2 : STEPS + 1], strict=True)]
+    durations = [after - before for before, after in pairwise(steps[1 : STEPS + 1])]
     return {
         "start-up": first[0] - begin,
         "step": statistics.median(durations),
