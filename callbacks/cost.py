@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from mcit_lightning.stages import Stage
 class StageCost(L.Callback):
     """Measures a stage's training (seconds, samples per second, parameters, peak memory) for the results' cost row.
 
+    Logs `train/tokens_per_second` of this process, real tokens over the last `log_every_n_steps` batches. Nothing here waits for
+    the device.
+
     Seconds are the wall-clock time of the training loop without validation. They are part of the checkpoint, so a
     resumed stage reports the time of the work that it is made of, not of work that was lost. The row is saved at the
     end of the training, so that it is still there if the run is killed during the evaluation.
 
-    The module must have `results` and `saved_keys`, the data module `stage`, `check_trained` and `report`.
+    The module must have `results` and `saved_keys`, the data module `stage`, `check_trained` and `report`, the batches `id` and
+    `num_tokens`.
     """
 
     def __init__(self) -> None:
@@ -28,6 +33,7 @@ class StageCost(L.Callback):
         self._samples = 0
         self._since: float | None = None
         self._trainable = 0
+        self._window: deque[tuple[float, int]] = deque()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock and the memory's high-water mark."""
@@ -35,12 +41,17 @@ class StageCost(L.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         self._since = time.perf_counter()
+        self._window = deque([(self._since, 0)], maxlen=max(1, trainer.log_every_n_steps) + 1)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the samples of all ranks."""
+        """Count the samples of all ranks and the tokens of this one."""
         self._samples += len(batch["id"]) * trainer.world_size
+        self._window.append((time.perf_counter(), batch["num_tokens"]))
+        (begin, _), *rest = self._window
+        rate = sum(tokens for _, tokens in rest) / (rest[-1][0] - begin)
+        pl_module.log("train/tokens_per_second", rate, batch_size=len(batch["id"]))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock while the stage validates."""
@@ -49,6 +60,8 @@ class StageCost(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on with the clock."""
         self._since = time.perf_counter()
+        self._window.clear()
+        self._window.append((self._since, 0))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fill the stage's cost row and save the results.

@@ -1,7 +1,7 @@
 """Backward-transfer evaluation: the scores after a stage become the accuracy matrix, files, curves and a page."""
 
+import logging
 import time
-from bisect import bisect_left
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,16 @@ from rich.console import Console
 
 from callbacks.base import evaluated_stage
 from mcit_lightning.allocation import natural
-from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, write_part
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.evaluation.kept import KeptTask, find_row, kept_tasks
+from mcit_lightning.evaluation.metrics import task_metric
+from mcit_lightning.evaluation.predictions import (
+    drop_parts,
+    merge_parts,
+    prediction_file,
+    write_part,
+    write_predictions,
+)
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.evaluation.routing import routing_summary
@@ -21,6 +30,8 @@ from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
 from mcit_lightning.stages import Stage
 from mcit_lightning.towers import TOWERS, Towers
 
+logger = logging.getLogger(__name__)
+
 
 class BackwardTransfer(L.Callback):
     """Collects the predictions of `trainer.test`, fills the accuracy matrix and writes everything that is made from it.
@@ -28,11 +39,11 @@ class BackwardTransfer(L.Callback):
     Writes, below the run directory (the parent of the Trainer's `default_root_dir`):
     `predictions/<stage>/<task>.jsonl`, `results.json`, `accuracy_matrix.csv`, the forgetting curves of TensorBoard
     and `report.html`. Scores are taken from `trainer.callback_metrics["test/<task>/<metric>"]`. Under several
-    processes each writes its share of the predictions; rank zero joins them and checks that every row was evaluated
-    exactly once.
+    processes each writes its share of the predictions when it is done with a task; rank zero joins them in the end and checks
+    that every row was evaluated exactly once. Tasks that an interrupted evaluation has finished are not evaluated again.
 
-    The module must have `results`, `structure`, `towers`, `eval_seconds` and `eval_examined`, the data module `stage`,
-    `test_tasks` and `split`.
+    The module must have `config`, `results`, `structure`, `towers` and `eval_cost`, the data module `stage`, `test_tasks`,
+    `evaluate_only` and `split`.
 
     Raises:
         RuntimeError: predictions are missing or repeated (on every rank, after rank zero has counted).
@@ -43,14 +54,33 @@ class BackwardTransfer(L.Callback):
 
     def __init__(self) -> None:
         self._rows: dict[str, list[dict[str, Any]]] = {}
-        self._started = 0.0
+        self._kept: dict[str, KeptTask] = {}
+        self._scores: dict[str, float] = {}
+        self._clock: dict[str, float] = {}
+        self._spent: dict[str, dict[str, float]] = {}
         self._report: Results | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before an evaluation: look for finished tasks of an interrupted one. Before a training: what is left is out of date."""
+        root, folder = _root(trainer), Path(trainer.default_root_dir).name
+        stream: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and trainer.is_global_zero:
+            drop_parts(root, folder)
+        if stage == "test":
+            self._report = None
+            self._kept = {}
+            if trainer.is_global_zero and _whole(trainer):
+                self._kept = self._find_kept(pl_module, stream, root, folder, trainer.world_size)
+            self._scores = trainer.strategy.broadcast({task: kept.score for task, kept in self._kept.items()})
+            if self._scores:
+                logger.info("%s: evaluated before the interruption: %s", folder, ", ".join(self._scores))
+                stream.evaluate_only([task for task in stream.test_tasks if task not in self._scores])
+            self._rows = {task: [] for task in stream.test_tasks}
+            self._spent = {}
+
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget an earlier evaluation and start the clock."""
-        self._rows = {task: [] for task in trainer.datamodule.test_tasks}  # type: ignore[attr-defined]
-        self._report = None
-        self._started = time.perf_counter()
+        """Start the clock; the module's own start at zero, a moment later."""
+        self._clock = dict.fromkeys(_now(pl_module), 0.0) | {"seconds": time.perf_counter()}
 
     def on_test_batch_end(
         self,
@@ -61,69 +91,108 @@ class BackwardTransfer(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the predictions of a batch."""
+        """Keep the predictions of a batch, and write them when the task is done: an interruption then does not lose them."""
         for row in outputs:
             self._rows[row["task"]].append(row)
+        if batch_idx + 1 == trainer.num_test_batches[dataloader_idx]:
+            self._write_part(trainer, pl_module, list(self._rows)[dataloader_idx])
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the predictions, enter the scores, and report."""
-        seconds = time.perf_counter() - self._started
-        root, stage = _root(trainer), evaluated_stage(trainer)
-        samples = self._write_predictions(trainer, root)
-        results: Results = pl_module.results  # type: ignore[assignment]
-        for task in self._rows:
-            score = float(trainer.callback_metrics[f"test/{task}/{results.metrics[task]}"])
-            if stage is None:
-                results.matrix.set_zero_shot(task, score)
-            else:
-                results.matrix.set(stage.row, task, score)
-        if stage is not None:
-            cost = results.cost_row(stage.name, stage.folder, stage.row)
-            cost.eval_seconds, cost.eval_samples_per_second = seconds, samples / seconds
-            share: dict[str, float] = pl_module.eval_seconds  # type: ignore[assignment]
-            own = max(1, sum(len(rows) for rows in self._rows.values()))
-            cost.routing_seconds_per_sample = share["routing"] / own
-            cost.generation_seconds_per_sample = share["generation"] / own
-            examined: int = pl_module.eval_examined  # type: ignore[assignment]
-            cost.first_routing_seconds_per_sample = share["first_routing"] / examined if examined else None
-            routing = None
-            if trainer.is_global_zero:
-                learnt = results.tasks[: stage.row + 1]
-                routing = routing_summary(root, stage.folder, list(self._rows), learnt)
-            if routing is not None:
-                before = results.routing or {}
-                results.routing = {
-                    **routing,
-                    "per_stage": {**before.get("per_stage", {}), stage.name: routing["accuracy"]},
-                    "rejected_per_stage": {**before.get("rejected_per_stage", {}), stage.name: routing["rejected"]},
-                }
-        if trainer.is_global_zero:
-            _enter_structure(results, pl_module.structure, pl_module.towers)  # type: ignore[arg-type]
-            self._publish(trainer, root, results, stage)
+        self._scores |= {
+            task: float(trainer.callback_metrics[f"test/{task}/{pl_module.results.metrics[task]}"])  # type: ignore[union-attr]
+            for task in self._rows
+        }
+        self._finish(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Print the table, when the progress bar of the evaluation is closed."""
-        if stage == "test" and self._report is not None:
+        if stage != "test":
+            return
+        if self._scores and not self._rows:  # every task was finished, so there was no loop
+            self._finish(trainer, pl_module)
+        if self._report is not None:
             Console().print(stage_table(self._report))
             self._report = None
 
-    def _write_predictions(self, trainer: L.Trainer, root: Path) -> int:
+    def _finish(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        root, stage = _root(trainer), evaluated_stage(trainer)
+        samples = self._write_predictions(trainer, pl_module, root)
+        results: Results = pl_module.results  # type: ignore[assignment]
+        tasks = [task for task in results.tasks if task in self._scores]
+        for task in tasks:
+            if stage is None:
+                results.matrix.set_zero_shot(task, self._scores[task])
+            else:
+                results.matrix.set(stage.row, task, self._scores[task])
+        if trainer.is_global_zero:
+            if stage is not None:
+                self._enter_cost(results, stage, samples)
+                routing = routing_summary(root, stage.folder, tasks, results.tasks[: stage.row + 1])
+                if routing is not None:
+                    before = results.routing or {}
+                    results.routing = {
+                        **routing,
+                        "per_stage": {**before.get("per_stage", {}), stage.name: routing["accuracy"]},
+                        "rejected_per_stage": {**before.get("rejected_per_stage", {}), stage.name: routing["rejected"]},
+                    }
+            _enter_structure(results, pl_module.structure, pl_module.towers)  # type: ignore[arg-type]
+            self._publish(trainer, root, results, stage)
+            drop_parts(root, Path(trainer.default_root_dir).name)
+
+    def _find_kept(
+        self, pl_module: L.LightningModule, stream: Any, root: Path, folder: str, processes: int
+    ) -> dict[str, KeptTask]:
+        """What need not be evaluated again; rank zero only."""
+        splits = {task: stream.split(task, "test") for task in stream.test_tasks}
+        config: ExperimentConfig = pl_module.config  # type: ignore[assignment]
+        metrics = {task: task_metric(config.tasks[task]) for task in splits}
+        kept = kept_tasks(root, folder, splits, metrics, config.data.eval_batch_size)
+        left = [len(split) for task, split in splits.items() if task not in kept]
+        # a process without any row would not enter the evaluation, and the others would wait for it
+        return {} if left and max(left) < processes else kept
+
+    def _write_part(self, trainer: L.Trainer, pl_module: L.LightningModule, task: str) -> None:
+        """This process's share of a task, and the seconds since the last one."""
+        now = _now(pl_module)
+        self._spent[task] = {name: now[name] - self._clock[name] for name in now}
+        self._clock = now
+        path = prediction_file(_root(trainer), Path(trainer.default_root_dir).name, task)
+        write_part(path, trainer.global_rank, self._rows[task], **self._spent[task])
+
+    def _write_predictions(self, trainer: L.Trainer, pl_module: L.LightningModule, root: Path) -> int:
         """Number of rows that all ranks together evaluated."""
         folder = Path(trainer.default_root_dir).name
-        for task, rows in self._rows.items():
-            write_part(prediction_file(root, folder, task), trainer.global_rank, rows)
+        for task in self._rows:
+            if task not in self._spent:  # this process had no row of it
+                self._write_part(trainer, pl_module, task)
         trainer.strategy.barrier()
         count, problem = 0, ""
         if trainer.is_global_zero:
             try:
-                for (task, _), expected in zip(self._rows.items(), _expected(trainer), strict=True):
+                for task, expected in zip(self._rows, _expected(trainer), strict=True):
                     count += merge_parts(prediction_file(root, folder, task), trainer.world_size, expected)
+                for task, kept in self._kept.items():
+                    count += write_predictions(prediction_file(root, folder, task), kept.parts, None)
             except RuntimeError as error:
                 problem = str(error)
         count, problem = trainer.strategy.broadcast((count, problem))  # so that no rank waits for one that has given up
         if problem:
             raise RuntimeError(problem)
         return count
+
+    def _enter_cost(self, results: Results, stage: Stage, samples: int) -> None:
+        """Seconds of this evaluation and of what was kept of an interrupted one; the shares per sample are rank zero's."""
+        first = [kept.parts[0] for kept in self._kept.values()]
+        seconds, routing, generation, first_routing, examined = (
+            sum(spent[name] for spent in self._spent.values()) + sum(getattr(part, name) for part in first)
+            for name in ("seconds", "routing", "generation", "first_routing", "examined")
+        )
+        own = max(1, sum(map(len, self._rows.values())) + sum(len(part.rows) for part in first))
+        cost = results.cost_row(stage.name, stage.folder, stage.row)
+        cost.eval_seconds, cost.eval_samples_per_second = seconds, samples / seconds
+        cost.routing_seconds_per_sample, cost.generation_seconds_per_sample = routing / own, generation / own
+        cost.first_routing_seconds_per_sample = first_routing / examined if examined else None
 
     def _publish(self, trainer: L.Trainer, root: Path, results: Results, stage: Stage | None) -> None:
         """Everything that people and scripts read; rank zero only."""
@@ -146,8 +215,8 @@ class _Images:
 
     def __call__(self, task: str, index: int) -> Path | Image.Image | None:
         split = self.stream.split(task, "test")
-        position = bisect_left(range(len(split)), index, key=lambda place: split[place].row)
-        if position == len(split) or not split[position].images:
+        position = find_row(split, index)
+        if position is None or not split[position].images:
             return None
         image = split[position].images[0]
         return Path(image) if isinstance(image, str) else image.open()
@@ -172,9 +241,18 @@ def _root(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir).parent
 
 
+def _now(pl_module: L.LightningModule) -> dict[str, float]:
+    """The clock, and what the evaluation spent so far."""
+    return {"seconds": time.perf_counter(), **pl_module.eval_cost}  # type: ignore[dict-item]
+
+
+def _whole(trainer: L.Trainer) -> bool:
+    """Whether every row is evaluated: the Trainer was not told to stop early."""
+    limit = trainer.limit_test_batches
+    return isinstance(limit, float) and limit == 1.0  # the int 1 means one batch
+
+
 def _expected(trainer: L.Trainer) -> list[int | None]:
     """Rows of each test split; None where the Trainer was told to stop early."""
-    loaders: Any = trainer.test_dataloaders
-    limit = trainer.limit_test_batches
-    whole = isinstance(limit, float) and limit == 1.0  # the int 1 means one batch
-    return [len(loader.dataset) if whole else None for loader in loaders]
+    loaders: Any = trainer.test_dataloaders or []
+    return [len(loader.dataset) if _whole(trainer) else None for loader in loaders]

@@ -50,8 +50,7 @@ class MCITModule(L.LightningModule):
         self.run_id = run_id
         self.structure = StructureLog()
         self._replayed: set[str] = set()
-        self.eval_seconds = _no_seconds()
-        self.eval_examined = 0
+        self.eval_cost = _nothing_spent()
         self.answer_metrics: dict[str, AnswerMetric] = {}
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
         strategy.seed, strategy.tunes_projector = config.seed, config.backbone.train_projector
@@ -149,7 +148,10 @@ class MCITModule(L.LightningModule):
         self.log("train/loss", output.loss.detach(), prog_bar=True, batch_size=size)
         for name, value in output.parts.items():
             self.log(f"train/{name}", value.detach(), batch_size=size)
+        length = batch["inputs"]["input_ids"].shape[1]
         self.log("train/tokens", float(batch["num_tokens"]), batch_size=size)
+        self.log("train/length", float(length), batch_size=size)
+        self.log("train/padding", 1.0 - batch["num_tokens"] / (size * length), batch_size=size)
         for name in ("shortened", "dropped"):
             self.log(
                 f"train/{name}",
@@ -208,7 +210,7 @@ class MCITModule(L.LightningModule):
     def on_test_start(self) -> None:
         """Fresh metrics for the tasks that are about to be evaluated."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.eval_seconds, self.eval_examined = _no_seconds(), 0
+        self.eval_cost = _nothing_spent()
         self.answer_metrics = {task: task_metric(self.config.tasks[task]).to(self.device) for task in stream.test_tasks}
 
     def test_step(  # type: ignore[override]
@@ -223,11 +225,11 @@ class MCITModule(L.LightningModule):
             routed_at = self._clock()
             least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
             texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
-        self.eval_seconds["routing"] += routed_at - began
+        self.eval_cost["routing"] += routed_at - began
         if examined := self.strategy.samples_examined - examined:
-            self.eval_seconds["first_routing"] += routed_at - began
-            self.eval_examined += examined
-        self.eval_seconds["generation"] += self._clock() - routed_at
+            self.eval_cost["first_routing"] += routed_at - began
+            self.eval_cost["examined"] += examined
+        self.eval_cost["generation"] += self._clock() - routed_at
         metric, routed = self.answer_metrics[task], self.strategy.routed_to()
         metric.update(texts, batch["reference"], batch["extra"])
         scores = metric.scores(texts, batch["reference"], batch["extra"])
@@ -318,5 +320,6 @@ class MCITModule(L.LightningModule):
         return self.towers.tower_of(name) == "projector"
 
 
-def _no_seconds() -> dict[str, float]:
-    return {"routing": 0.0, "first_routing": 0.0, "generation": 0.0}
+def _nothing_spent() -> dict[str, float]:
+    """What an evaluation spends: seconds, and the number of samples that a router examined."""
+    return {"routing": 0.0, "first_routing": 0.0, "generation": 0.0, "examined": 0.0}

@@ -11,7 +11,7 @@ from rich.console import Console
 from mcit_lightning.evaluation.colours import TASK_DARK, TASK_LIGHT, contrast, ink, score_colour
 from mcit_lightning.evaluation.figures import matrix_image
 from mcit_lightning.evaluation.formatting import amount_text, bytes_text, count_text, number_text, seconds_text
-from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, write_part
+from mcit_lightning.evaluation.predictions import drop_parts, merge_parts, prediction_file, write_part
 from mcit_lightning.evaluation.report import write_report
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.evaluation.samples import choose_samples, thumbnail
@@ -269,5 +269,6 @@ def test_predictions_file_is_sorted(tmp_path):
     write_part(path, 0, [{"index": 3}, {"index": 0}])
     write_part(path, 1, [{"index": 1}])
     assert merge_parts(path, 2, 3) == 3
+    drop_parts(tmp_path, "stage_01")
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1, 3]
     assert [p.name for p in path.parent.iterdir()] == ["alpha.jsonl"]

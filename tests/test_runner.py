@@ -67,7 +67,8 @@ POINTS: list[tuple[Any, ...]] = [
     ("batch", 1, 6),  # second epoch of the second stage
     ("epoch", 1, 1),  # after the last epoch, before the end-of-task work
     ("end", 1),  # inside the end-of-task work, before final.ckpt
-    ("test", 1, 0),  # evaluation, first task done
+    ("test", 1, 0),  # evaluation, inside the first task
+    ("test", 2, 2),  # evaluation, two tasks done
     ("save", 1),  # evaluated, before state.json says so
 ]
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from callbacks.cost import StageCost
 from callbacks.transfer import BackwardTransfer
+from mcit_lightning.config import DataConfig, ExperimentConfig, TaskConfig
 from mcit_lightning.data.records import Sample
-from mcit_lightning.evaluation.predictions import merge_parts, prediction_file, read_predictions, write_part
+from mcit_lightning.evaluation.predictions import drop_parts, merge_parts, prediction_file, read_predictions, write_part
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
@@ -39,7 +40,12 @@ class Split(Dataset):
 
 
 def collate(samples):
-    return {"task": [s.task for s in samples], "id": [s.id for s in samples], "index": [s.row for s in samples]}
+    return {
+        "task": [s.task for s in samples],
+        "id": [s.id for s in samples],
+        "index": [s.row for s in samples],
+        "num_tokens": 10 * len(samples),
+    }
 
 
 class Stream(LightningDataModule):
@@ -55,6 +61,9 @@ class Stream(LightningDataModule):
 
     def split(self, task, split):
         return self.splits[task]
+
+    def evaluate_only(self, tasks):
+        self.test_tasks = tasks
 
     def check_trained(self):
         if self.too_long:
@@ -84,8 +93,8 @@ class Tiny(LightningModule):
         self.knows = ""
         self.scores = {}
         self.routes = None
-        self.eval_seconds = {"routing": 0.0, "first_routing": 0.0, "generation": 0.0}
-        self.eval_examined = 0
+        self.config = ExperimentConfig(tasks={task: TaskConfig() for task in TASKS}, data=DataConfig(eval_batch_size=2))
+        self.eval_cost = {"routing": 0.0, "first_routing": 0.0, "generation": 0.0, "examined": 0.0}
         self.structure = StructureLog()
         self.towers = SimpleNamespace(adapters={}, tower_of=lambda path: "language")
 
@@ -104,8 +113,7 @@ class Tiny(LightningModule):
 
     def on_test_start(self):
         self.scores = {}
-        self.eval_seconds = {"routing": 0.0, "first_routing": 0.0, "generation": 0.0}
-        self.eval_examined = 0
+        self.eval_cost = {"routing": 0.0, "first_routing": 0.0, "generation": 0.0, "examined": 0.0}
 
     def test_step(self, batch, batch_idx, dataloader_idx=0):
         rows = []
@@ -123,11 +131,11 @@ class Tiny(LightningModule):
                     **({} if self.routes is None else {"routed_to": self.routes[task]}),
                 }
             )
-        self.eval_seconds["routing"] += 0.5 * len(rows)
-        self.eval_seconds["generation"] += 2.0 * len(rows)
+        self.eval_cost["routing"] += 0.5 * len(rows)
+        self.eval_cost["generation"] += 2.0 * len(rows)
         if self.knows == TASKS[0]:
-            self.eval_seconds["first_routing"] += 0.75 * len(rows)
-            self.eval_examined += len(rows)
+            self.eval_cost["first_routing"] += 0.75 * len(rows)
+            self.eval_cost["examined"] += len(rows)
         return rows[::-1]
 
     def on_test_epoch_end(self):
@@ -154,7 +162,7 @@ def trainer(root, folder, logger, *more, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **{"max_epochs": 2, **options},
+        **{"max_epochs": 2, "log_every_n_steps": 1, **options},
     )
 
 
@@ -176,11 +184,11 @@ def test_a_whole_run(parts, capsys):
     for row, cost in enumerate(results.cost):
         assert (cost.stage, cost.folder, cost.row) == (TASKS[row], f"stage_{row + 1:02d}", row)
         assert (cost.trainable_params, cost.stored_params) == (2, 2)
-        assert cost.train_seconds > 0 and cost.eval_seconds > 0 and cost.peak_memory_bytes > 2**20
+        assert cost.train_seconds > 0 and cost.eval_cost > 0 and cost.peak_memory_bytes > 2**20
         assert cost.train_samples_per_second == pytest.approx(10 / cost.train_seconds)
         assert (cost.routing_seconds_per_sample, cost.generation_seconds_per_sample) == (0.5, 2.0)
         assert cost.first_routing_seconds_per_sample == (0.75 if cost.stage == TASKS[0] else None)
-        assert cost.eval_samples_per_second == pytest.approx(5 * (row + 1) / cost.eval_seconds)
+        assert cost.eval_samples_per_second == pytest.approx(5 * (row + 1) / cost.eval_cost)
 
     files = {
         str(path.relative_to(root / "predictions")) for path in (root / "predictions").rglob("*") if path.is_file()
@@ -196,6 +204,7 @@ def test_a_whole_run(parts, capsys):
     events = EventAccumulator(str(root / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("forgetting/a")] == [0, 1, 2]
+    assert all(event.value > 0 for event in events.Scalars("train/tokens_per_second"))
     assert "BWT −80.00" in capsys.readouterr().out
 
 
@@ -241,6 +250,61 @@ def test_a_stage_that_trained_on_nothing_has_no_result(parts):
     assert not (root / "results.json").exists()
 
 
+class Killed(BaseException):
+    pass
+
+
+class KillAt(Callback):
+    """Ends an evaluation at a batch, as a kill would."""
+
+    def __init__(self, task, batch):
+        self.point = (task, batch)
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        if (batch["task"][0], batch_idx) == self.point:
+            raise Killed
+
+
+@pytest.mark.parametrize(
+    ("point", "kept"), [(("a", 2), ["a"]), (("b", 0), ["a"]), (("b", 2), ["a", "b"]), (("a", 1), [])]
+)
+def test_tasks_that_an_interrupted_evaluation_has_finished_are_kept(parts, point, kept):
+    root, module, stream, logger = parts
+    stream.index, module.knows = 1, "a"
+    with pytest.raises(Killed):
+        trainer(root, "stage_02", logger, KillAt(*point)).test(module, datamodule=stream, verbose=False)
+    assert not (root / "results.json").exists()
+    stream.test_tasks, module.scores = list(TASKS), {}
+    trainer(root, "stage_02", logger).test(module, datamodule=stream, verbose=False)
+    assert sorted(module.scores) == [task for task in TASKS if task not in kept], "evaluated again"
+    results = Results.load(root)
+    assert results.matrix.scores[1] == pytest.approx([100, 20])
+    cost = results.cost[0]
+    assert (cost.routing_seconds_per_sample, cost.generation_seconds_per_sample) == (0.5, 2.0)
+    assert cost.eval_samples_per_second == pytest.approx(10 / cost.eval_cost)
+    assert sorted(path.name for path in (root / "predictions/stage_02").iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert list(read_predictions(root, "stage_02", "a")) == ROWS
+
+
+@pytest.mark.parametrize("damage", ["missing row", "no JSON"])
+def test_an_unfinished_or_damaged_part_is_evaluated_again(parts, damage):
+    root, module, stream, logger = parts
+    path = prediction_file(root, "stage_01", "a")
+    write_part(path, 0, [{"index": row, "text": "no", "task": "a"} for row in ROWS[1:]])
+    if damage == "no JSON":
+        path.with_name(".a.rank0.part").write_text('{"rows": [')
+    stream.test_tasks, module.knows = ["a"], "a"
+    trainer(root, "stage_01", logger).test(module, datamodule=stream, verbose=False)
+    assert Results.load(root).matrix.scores[0][0] == pytest.approx(100)
+
+
+def test_training_makes_what_is_left_of_an_evaluation_out_of_date(parts):
+    root, module, stream, logger = parts
+    write_part(prediction_file(root, "stage_01", "a"), 0, [{"index": row, "text": "no", "task": "a"} for row in ROWS])
+    trainer(root, "stage_01", logger).fit(module, datamodule=stream)
+    assert not list((root / "predictions/stage_01").iterdir())
+
+
 def test_every_row_must_be_evaluated(parts):
     root, _, stream, logger = parts
     stream.test_tasks = ["a"]
@@ -270,6 +334,7 @@ def part_files(root: Path, *shares):
 def test_two_ranks_are_merged_by_index(tmp_path):
     path = part_files(tmp_path, [9, 5, 1], [12, 4])
     assert merge_parts(path, 2, 5) == 5
+    drop_parts(tmp_path, "stage_01")
     rows = read_predictions(tmp_path, "stage_01", "a.b")
     assert list(rows) == ROWS and rows[4]["rank"] == 1
     assert [file.name for file in path.parent.iterdir()] == ["a.b.jsonl"]

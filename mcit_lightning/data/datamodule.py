@@ -221,7 +221,9 @@ class ContinualDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader per test task, in the order of `test_tasks`."""
-        self._check_share(max(len(self._splits[task, "test"]) for task in self.test_tasks), "test")
+        rows = [len(self._splits[task, "test"]) for task in self.test_tasks]
+        if rows:
+            self._check_share(max(rows), "test")
         loaders = []
         for task in self.test_tasks:
             own = self._task(task).prompt_suffix

@@ -102,7 +102,7 @@ class DMoLE(ContinualStrategy):
         config = self.config
         if plan.stage not in self.tasks:
             self.tasks.append(plan.stage)
-        self._helpers.clear()
+        self.forget_co_experts()
         half = config.expert_dtype == "bfloat16_after_first" and plan.stage != self.tasks[0]
         for path, rank in plan.ranks.items():
             layer = towers.attach(path, scale=config.alpha / config.rank, dropout=config.dropout)
@@ -238,6 +238,10 @@ class DMoLE(ContinualStrategy):
             enough = (votes[winner] > 0) & (votes[winner] >= self.config.vote_share * votes.sum())
             helpers = torch.where(enough, winner, -1).expand(len(keys))
         return active + _one_hot(helpers, len(self.tasks))
+
+    def forget_co_experts(self) -> None:
+        """Look for the co-expert of every sample anew."""
+        self._helpers.clear()
 
     def _co_expert(self, errors: Tensor, own: Tensor) -> Tensor:
         """[B], index of the best task before each sample's own; -1 where there is none."""

@@ -1,0 +1,118 @@
+"""All benchmarks in a CPU-sized form, and the table of `docs/performance.md`.
+
+    python benchmarks/bench.py                      # `make bench`
+    python benchmarks/bench.py --only growth --cpu-time --threads 1
+
+Every benchmark is a process of its own, one after the other. The rows go between the markers of the page, and as JSON to
+`--out`. A benchmark that fails leaves the page as it is.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ratios import Row, machine
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+BENCHMARKS: dict[str, list[str]] = {
+    "training_step": ["--rounds", "5", "--layers", "10"],
+    "evaluation": ["--rounds", "3", "--layers", "15"],
+    "growth": ["--rounds", "5", "--layers", "4"],
+    "boundaries": ["--rounds", "3"],
+    "adapters": ["--rounds", "15", "--shapes", "smollm2"],
+    "dmole": ["--rounds", "3"],
+}
+"""Script and its arguments, to take less than 15 minutes together on two cores."""
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time: for a machine that is busy with other work"
+    )
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON files")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page to write the table into")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if BEGIN not in options.page.read_text(encoding="utf-8") or END not in options.page.read_text(encoding="utf-8"):
+        parser.error(f"{options.page} has no lines {BEGIN} and {END}")
+    begin = time.perf_counter()
+    for name in options.only:
+        run(name, options)
+    rows = {
+        name: rows_of(options.out / f"{name}.json") for name in BENCHMARKS if (options.out / f"{name}.json").is_file()
+    }
+    write_page(options.page, rows, options)
+    sys.stdout.write(f"{time.perf_counter() - begin:.0f} s; {options.page} is written\n")
+
+
+def run(name: str, options: argparse.Namespace) -> None:
+    """Run one benchmark; its table goes to the terminal.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name], "--json", str(options.out / f"{name}.json")]
+    if options.threads:
+        command += ["--threads", str(options.threads)]
+    if options.cpu_time and name not in ("boundaries", "dmole"):  # which measure processes, or have no such option
+        command += ["--cpu-time"]
+    sys.stdout.write(f"$ {' '.join(['python', f'benchmarks/{name}.py', *command[2:]])}\n")
+    sys.stdout.flush()
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"{name} failed; {options.page} is left as it is")
+
+
+def rows_of(path: Path) -> list[Row]:
+    """The rows of a benchmark's JSON file. Two benchmarks have tables of their own form."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if path.stem == "adapters":
+        return [row for entry in content["rows"] if entry["adapter"] != "lora" for row in _adapter_rows(entry)]
+    if path.stem == "dmole":
+        return [row for entry in content["rows"] for row in _dmole_rows(entry)]
+    return [Row(**row) for row in content["rows"]]
+
+
+def _adapter_rows(entry: dict[str, Any]) -> list[Row]:
+    rows = []
+    for kind, title in (("step", "training step"), ("decode", "decode step")):
+        low, high = entry[f"{kind}_spread"]
+        what = f"adapter layer {entry['adapter']}: {title}"
+        rows.append(Row(what, "LoRA of equal rank", entry[kind], low, high, entry.get(f"{kind}_seconds")))
+    return rows
+
+
+def _dmole_rows(entry: dict[str, Any]) -> list[Row]:
+    low, high = entry["spread"]
+    return [Row(f"dmole: {entry['what']} ({entry['shape']})", "a training step", entry["ratio"], low, high)]
+
+
+def write_page(page: Path, rows: dict[str, list[Row]], options: argparse.Namespace) -> None:
+    """Replace what is between the markers."""
+    clock = "CPU time" if options.cpu_time else "wall-clock time"
+    lines = [BEGIN, "", f"{machine()}; {clock}. Median of the rounds' ratios (10th to 90th percentile).", ""]
+    lines += ["| what | relative to | ratio | to reach |", "|---|---|---:|---|"]
+    for group in rows.values():
+        for row in group:
+            target = "" if row.met is None else f"{row.target}: {'met' if row.met else '**missed**'}"
+            spread = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
+            lines.append(f"| {row.what} | {row.to} | {spread} | {' '.join(filter(None, (target, row.note)))} |")
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(before + "\n".join([*lines, "", END]) + after, encoding="utf-8")
+    summary = {name: [asdict(row) for row in group] for name, group in rows.items()}
+    (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

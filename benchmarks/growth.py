@@ -1,0 +1,218 @@
+"""How a training step and an evaluation batch grow with the number of learnt tasks, and what memory they need.
+
+    python benchmarks/growth.py
+    python benchmarks/growth.py --cpu-time --threads 1     # on a machine that is busy with other work
+
+Experts, branches, routers and keys of 1, 5, 10 and 20 tasks are put into the model (random weights). A step is forward, backward
+and AdamW on a batch of one task; an evaluation batch is routing, prefill and decoding of a batch that was not seen before. All
+counts run in turn. Peak memory is how much a process's resident memory grows from before the model is built to its highest in
+three steps, each variant in a process of its own, relative to plain LoRA with about as many trainable parameters.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import workload
+from ratios import Row, in_turn, parser, prepare, ratio_row, report
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mcit_lightning.backbone import Backbone, load_backbone
+from mcit_lightning.data.datamodule import ContinualDataModule
+from mcit_lightning.generation import generate_tokens
+from mcit_lightning.stages import Stage, sequential_stages
+from mcit_lightning.strategies import ContinualStrategy, DMoLE
+from mcit_lightning.validation import build_strategy
+
+COUNTS = (1, 5, 10, 20)
+STRATEGIES = {
+    "dmole": "{name: dmole, rank: 16, alpha: 32, dropout: 0.0, router_epochs: 5, router_minimum: 16}",
+    "branchlora": "{name: branchlora, rank: 32, alpha: 64, experts: 8, top_k: 2, dropout: 0.0}",
+}
+STAGES = sequential_stages([f"task{number:02d}" for number in range(max(COUNTS))])
+
+
+class Learnt:
+    """A model with so many tasks, at the start of the last one's training."""
+
+    def __init__(self, folder: Path, strategy: str, tasks: int) -> None:
+        config = workload.experiment(folder, folder / "unused", f"strategy={strategy}", callbacks=NEEDED)
+        self.backbone: Backbone = load_backbone(config.backbone)
+        self.strategy: ContinualStrategy = build_strategy(config.strategy)
+        self.stage: Stage = STAGES[tasks - 1]
+        stream = ContinualDataModule(config, self.backbone.processor, sequential_stages(config.order))
+        self.strategy.check(self.backbone.towers, STAGES)
+        batches = [batch for batch, _ in zip(stream.probe_loader(16), range(2), strict=False)]
+        self.model, self.towers = self.backbone.model.eval(), self.backbone.towers
+        self._features: torch.Tensor | None = None
+        for stage in STAGES[:tasks]:
+            self._grow(stage, batches)
+        self.trained = list(self.strategy.trainable(self.towers, self.stage))
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.train_batch: dict[str, Any] = next(iter(stream.train_dataloader()))
+        self.train_batch["task"] = [self.stage.name] * len(self.train_batch["id"])
+        stream.evaluate_only([config.order[0]])
+        self.test_batch: dict[str, Any] = next(iter(stream.test_dataloader()[0]))
+
+    def _grow(self, stage: Stage, batches: list[dict[str, Any]]) -> None:
+        if isinstance(self.strategy, DMoLE):
+            generator = torch.Generator().manual_seed(stage.index)
+            paths = [path for paths in self.strategy.candidates(self.towers).values() for path in paths]
+            scores = torch.rand(len(paths), generator=generator) + 0.1
+            self.strategy.scores = dict(zip(paths, scores.tolist(), strict=True))
+        self.strategy.grow(self.towers, self.strategy.plan(stage, self.towers))
+        if self.strategy.router_samples(16):
+            if self._features is None:  # of the pretrained model: the same for all tasks, so they get noise
+                self._features = torch.cat([self.strategy.features(self.towers, batch) for batch in batches])
+            features = self._features
+            noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(stage.index))
+            self.strategy.fit_router(stage, features + 0.1 * noise)
+
+    def step(self, *, first_epoch: bool = False) -> None:
+        """One optimizer step; in the first epoch D-MoLE looks for each sample's co-expert."""
+        if first_epoch and isinstance(self.strategy, DMoLE):
+            self.strategy.forget_co_experts()
+        self.strategy.train()
+        self.model.train()
+        with self.strategy.routing(self.towers, self.train_batch, self.stage.name):
+            loss = self.strategy.loss(self.model, self.train_batch, self.stage).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self) -> None:
+        """Route and answer one batch, as the first time that a task is tested."""
+        self.model.eval()
+        self.strategy.eval()
+        batch = {key: value for key, value in self.test_batch.items() if key != "index"}  # nothing is remembered
+        with torch.no_grad(), self.strategy.routing(self.towers, batch, None):
+            generate_tokens(self.model, batch["inputs"], 5, end_id=-1)
+
+
+NEEDED = "".join(
+    f"{{_target_: callbacks.{name}}}, "
+    for name in ("GradientProbe", "CurriculumRatio", "BudgetReallocation", "RouterSpawn")
+)
+
+
+def timed(clock: Callable[[], float], run: Callable[[], None], repeats: int) -> float:
+    """Seconds of one of several calls."""
+    begin = clock()
+    for _ in range(repeats):
+        run()
+    return (clock() - begin) / repeats
+
+
+def times(options: argparse.Namespace, folder: Path, clock: Callable[[], float]) -> list[Row]:
+    """Rows of one strategy after another."""
+    rows = []
+    for name, node in STRATEGIES.items():
+        learnt = {count: Learnt(folder, node, count) for count in options.tasks}
+        kinds: dict[str, Callable[[Learnt], None]] = {"training step": Learnt.step, "evaluation batch": Learnt.evaluate}
+        if name == "dmole":
+            kinds["training step, first epoch"] = lambda model: model.step(first_epoch=True)
+        for kind, call in kinds.items():
+            for model in learnt.values():
+                call(model)
+            variants = {
+                str(count): lambda model=model, call=call: timed(clock, lambda: call(model), 2)
+                for count, model in learnt.items()
+            }
+            samples = in_turn(variants, options.rounds)  # type: ignore[arg-type]
+            for count in options.tasks[1:]:
+                target = "<= 1.15" if count == max(COUNTS) and kind == "training step" else ""
+                what = f"{name}: {kind}, {count} tasks"
+                rows.append(ratio_row(str(count), "1", samples, name=what, base="1 task", target=target))
+    return rows
+
+
+def memory(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Rows of peak memory relative to plain LoRA of equal size."""
+    rows = []
+    for name in STRATEGIES:
+        for count in (1, max(options.tasks)):
+            found = []
+            for _ in range(options.memory_rounds):
+                own = _child(options, folder, name, count, None)
+                found.append((own, _child(options, folder, "sequential", count, own["trainable"])))
+            ratios = sorted(own["bytes"] / lora["bytes"] for own, lora in found)
+            own, lora = found[0]
+            rows.append(
+                Row(
+                    f"{name}: peak memory, {count} task(s)",
+                    f"LoRA, {lora['trainable']:,} for {own['trainable']:,} parameters",
+                    ratios[len(ratios) // 2],
+                    ratios[0],
+                    ratios[-1],
+                    sorted(own["bytes"] for own, _ in found)[len(found) // 2] / 2**20,
+                    "MiB",
+                    "<= 1.05",
+                )
+            )
+    return rows
+
+
+def _child(options: argparse.Namespace, folder: Path, name: str, tasks: int, trainable: int | None) -> dict[str, int]:
+    command = [sys.executable, __file__, "--child", json.dumps([str(folder), name, tasks, trainable])]
+    if options.threads:
+        command += ["--threads", str(options.threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def child(folder: str, name: str, tasks: int, trainable: int | None) -> dict[str, int]:
+    """What one variant needs; runs in a process of its own."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    node = STRATEGIES.get(name, "")
+    if name == "sequential":
+        assert trainable is not None
+        rank = max(1, round(trainable / lora_parameters(Path(folder))))
+        node, tasks = f"{{name: sequential, rank: {rank}, alpha: {2 * rank}}}", 1
+    model = Learnt(Path(folder), node, tasks)
+    for _ in range(3):
+        model.step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"bytes": (peak - before) * 1024, "trainable": sum(parameter.numel() for parameter in model.trained)}
+
+
+def lora_parameters(folder: Path) -> int:
+    """Parameters of plain LoRA per unit of its rank, on every linear of the decoder."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder / "model"))
+    linears = (module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
+    return sum(linear.in_features + linear.out_features for linear in linears)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run the benchmark."""
+    clock = prepare(options)
+    if options.child:
+        sys.stdout.write(json.dumps(child(*json.loads(options.child))) + "\n")
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = workload.build(Path(name), layers=options.layers, train=32, test=16)
+        rows = times(options, folder, clock) + memory(options, folder)
+    report(f"growth with the number of tasks, {options.layers} decoder layers, batch 8", rows, options)
+
+
+if __name__ == "__main__":
+    arguments = parser(__doc__, rounds=7)
+    arguments.add_argument("--layers", type=int, default=6, help="of the decoder; SmolLM2-135M has 30")
+    arguments.add_argument(
+        "--tasks", type=int, nargs="+", default=list(COUNTS), help="numbers of learnt tasks, from 1 on"
+    )
+    arguments.add_argument("--memory-rounds", type=int, default=3)
+    arguments.add_argument("--child", help=argparse.SUPPRESS)
+    measure(arguments.parse_args())
