@@ -54,8 +54,7 @@ def plan(config: ExperimentConfig) -> Plan:
     devices = planned_devices(config.trainer)
     inventory = take_inventory(config)
     rows = {task: used for (task, split), used in inventory.used.items() if split == "train"}
-    estimated = {task for task, split in inventory.estimated if split == "train"}
-    steps = count_steps(config, stages, rows, devices, estimated)
+    steps = count_steps(config, stages, rows, devices)
     found = Plan(config, resolve_precision(config.trainer), devices, inventory, steps)
     try:
         towers = build_towers(config.backbone)

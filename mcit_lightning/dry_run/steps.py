@@ -1,6 +1,6 @@
 """Optimizer steps of every stage, counted as the data module and the Trainer will count them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ class StageSteps:
         epochs: passes over them.
         batch_size: samples per device and micro-batch.
         steps: optimizer steps; None as `rows`.
-        estimated: some of the rows are the published number, as their file is not there.
     """
 
     stage: Stage
@@ -26,24 +25,18 @@ class StageSteps:
     epochs: int
     batch_size: int
     steps: int | None
-    estimated: bool = False
 
 
 def count_steps(
-    config: ExperimentConfig,
-    stages: Sequence[Stage],
-    rows: Mapping[str, int],
-    devices: int,
-    estimated: Collection[str] = (),
+    config: ExperimentConfig, stages: Sequence[Stage], rows: Mapping[str, int], devices: int
 ) -> list[StageSteps]:
     """Steps of each stage.
 
     Args:
         config: the experiment.
         stages: its stages.
-        rows: task -> training rows in use, of the tasks of which they are known.
+        rows: task -> training rows in use, of the tasks whose file is there.
         devices: processes that train side by side.
-        estimated: tasks whose rows are the published number.
     """
     counted = []
     for stage in stages:
@@ -56,8 +49,7 @@ def count_steps(
         if all(name in rows for name in tasks):
             total = sum(rows[name] * (1 if alone else task.epochs) for name, task in tasks.items())
         steps = None if total is None else _steps(total, batch_size, epochs, devices, config.trainer)
-        guessed = total is not None and not tasks.keys().isdisjoint(estimated)
-        counted.append(StageSteps(stage, total, epochs, batch_size, steps, guessed))
+        counted.append(StageSteps(stage, total, epochs, batch_size, steps))
     return counted
 
 
