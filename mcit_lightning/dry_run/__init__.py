@@ -55,8 +55,7 @@ def plan(config: ExperimentConfig) -> Plan:
     devices = planned_devices(config.trainer)
     inventory = take_inventory(config)
     rows = {task: used for (task, split), used in inventory.used.items() if split == "train"}
-    estimated = {task for task, split in inventory.estimated if split == "train"}
-    steps = count_steps(config, stages, rows, devices, estimated=estimated, replay=strategy.replay)
+    steps = count_steps(config, stages, rows, devices, strategy.replay)
     found = Plan(config, resolve_precision(config.trainer), devices, inventory, steps)
     try:
         towers = build_towers(config.backbone)

@@ -1,6 +1,6 @@
 """Optimizer steps of every stage, counted as the data module and the Trainer will count them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ class StageSteps:
         epochs: passes over them.
         batch_size: samples per device and micro-batch.
         steps: optimizer steps; None as `rows`.
-        estimated: some of the rows are the published number, as their file is not there.
     """
 
     stage: Stage
@@ -27,7 +26,6 @@ class StageSteps:
     epochs: int
     batch_size: int
     steps: int | None
-    estimated: bool = False
 
 
 def count_steps(
@@ -35,8 +33,6 @@ def count_steps(
     stages: Sequence[Stage],
     rows: Mapping[str, int],
     devices: int,
-    *,
-    estimated: Collection[str] = (),
     replay: Callable[[Stage, Mapping[str, int]], Replay] | None = None,
 ) -> list[StageSteps]:
     """Steps of each stage.
@@ -44,9 +40,8 @@ def count_steps(
     Args:
         config: the experiment.
         stages: its stages.
-        rows: task -> training rows in use, of the tasks of which they are known.
+        rows: task -> training rows in use, of the tasks whose file is there.
         devices: processes that train side by side.
-        estimated: tasks whose rows are the published number.
         replay: what the strategy mixes into a stage (`ContinualStrategy.replay`).
 
     Raises:
@@ -69,8 +64,7 @@ def count_steps(
         if total is not None and not per_batch:
             total += sum(mixed.rows.values())
         steps = None if total is None else _steps(total, batch_size - per_batch, epochs, devices, config.trainer)
-        guessed = total is not None and not tasks.keys().isdisjoint(estimated)
-        counted.append(StageSteps(stage, total, epochs, batch_size, steps, guessed))
+        counted.append(StageSteps(stage, total, epochs, batch_size, steps))
     return counted
 
 

@@ -11,6 +11,7 @@ from mcit_lightning.dry_run import Plan
 from mcit_lightning.dry_run.forecast import Forecast, Range
 from mcit_lightning.dry_run.inventory import KEY_ENCODER, SPLITS
 from mcit_lightning.dry_run.memory import Memory
+from mcit_lightning.dry_run.steps import StageSteps
 from mcit_lightning.evaluation.formatting import NONE, bytes_text, count_text
 from mcit_lightning.verify.rows import data_root
 
@@ -91,7 +92,7 @@ def _stages(plan: Plan) -> RenderableType:
     table = _table(title, ("stage",), ("samples", "epochs", "batch", "per step", "steps", "trainable"))
     forecasts = [] if plan.forecast is None else plan.forecast.stages
     for number, steps in enumerate(plan.steps):
-        about = ABOUT if steps.estimated else ""
+        about = _about(plan, [steps])
         trainable = _range(forecasts[number].trainable.plus(plan.projector)) if forecasts else NONE
         table.add_row(
             Text(steps.stage.name),
@@ -104,10 +105,15 @@ def _stages(plan: Plan) -> RenderableType:
         )
     known = [steps.steps for steps in plan.steps if steps.steps is not None]
     if len(plan.steps) > 1 and known:
-        about = ABOUT if any(steps.estimated for steps in plan.steps) else ""
-        more = f"{about}{sum(known):,}" + ("" if len(known) == len(plan.steps) else " +")
+        more = f"{_about(plan, plan.steps)}{sum(known):,}" + ("" if len(known) == len(plan.steps) else " +")
         table.add_row("total", "", "", "", "", more, "", style="bold")
     return table
+
+
+def _about(plan: Plan, stages: Sequence[StageSteps]) -> str:
+    """What stands before a number of steps or samples: nothing where every row was counted."""
+    tasks = {(task, "train") for steps in stages for task in steps.stage.train}
+    return "" if tasks.isdisjoint(plan.inventory.estimated) else ABOUT
 
 
 def _adapters(forecast: Forecast) -> Group:
