@@ -115,7 +115,7 @@ def runs(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     try:
         work(str(smoke_root), str(root / "one"), 1)
         for process in processes:
-            output, _ = process.communicate(timeout=200)
+            output, _ = process.communicate(timeout=600)
             assert process.returncode == 0, output
     finally:
         for process in processes:
