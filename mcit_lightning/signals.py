@@ -81,7 +81,10 @@ STOP = StopRequest()
 
 
 def _forget_in_child() -> None:
-    """Loader workers end with their parent; a signal to the whole process group must not end them before it has saved."""
+    """Loader workers end with their parent; a signal to the whole process group must not end them before it has saved.
+
+    Torch gives them another handler of SIGTERM after this, which `data.sampler.init_worker` takes away again.
+    """
     if STOP.signum is None and signal.getsignal(signal.SIGUSR1) == STOP._handle:
         STOP.forward = None
         for signum in STOP_SIGNALS:

@@ -214,6 +214,22 @@ def test_rows(ending: str, split: Any, data: Path) -> None:
     check(f"{split} rows as {ending}", path, all_of(path, whole.encode(), 25, *more), read)
 
 
+@pytest.mark.slow
+def test_datasets(data: Path) -> None:
+    from datasets import Dataset
+
+    path = data / "rows.parquet"
+    Dataset.from_list([{"question": "Q", "answer": "A", "image": "0.png"}] * 4).to_parquet(path)
+    task = TaskConfig(test=path.name)
+
+    def read() -> None:
+        for sample in open_split(DataConfig(root=str(data)), "t", task, "test", 0):
+            for image in sample.images:
+                load_image(image, sample)
+
+    check("datasets", path, all_of(path, path.read_bytes(), 15), read, "rows.parquet")
+
+
 @pytest.mark.parametrize("form", ["coco", "vqa", "gqa", "rows"])
 def test_references(form: str, data: Path) -> None:
     whole: Any = {

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -213,5 +214,8 @@ class StageLoader(DataLoader[Any]):
 
 
 def init_worker(worker: int) -> None:
-    """Prepare a loader process: tokenizers must not start threads of their own in a forked process."""
+    """Prepare a loader process: tokenizers must not start threads of their own in a forked process, and a SIGTERM to the whole
+    process group must not end it before its parent has saved. (It ends when the parent asks for nothing more, or is gone.)
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
