@@ -36,7 +36,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
-    parser.add_argument("--cpu-time", action="store_true", help="count CPU time: for a machine that is busy with other work")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU time: for a machine that is busy with other work"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write the table into")
@@ -47,7 +49,9 @@ def main() -> None:
     begin = time.perf_counter()
     for name in options.only:
         run(name, options)
-    rows = {name: rows_of(options.out / f"{name}.json") for name in BENCHMARKS if (options.out / f"{name}.json").is_file()}
+    rows = {
+        name: rows_of(options.out / f"{name}.json") for name in BENCHMARKS if (options.out / f"{name}.json").is_file()
+    }
     write_page(options.page, rows, options)
     sys.stdout.write(f"{time.perf_counter() - begin:.0f} s; {options.page} is written\n")
 

@@ -20,7 +20,8 @@ class BranchFreeze(TaskCallback):
     """Counts how often each branch is chosen, over all ranks and once per batch, and freezes the most used after the task.
 
     The counts are part of the checkpoint, so a resumed stage freezes what an uninterrupted one would have. What froze is a
-    `FreezeRecord` in the module's structure log. Warns when a module has no branch left to train.
+    `FreezeRecord` in the module's structure log. Warns when a module has no branch left to train and gets
+    none.
 
     Raises:
         ValueError: the strategy has no branches that it could freeze.
@@ -56,10 +57,10 @@ class BranchFreeze(TaskCallback):
             count, mass = self._usage.cpu().unbind(1)
             module.freeze_branches(FreezeRecord(stage.name, strategy.most_used(module.towers.adapters, count, mass)))
             exhausted = strategy.exhausted(module.towers)
-            if exhausted and trainer.is_global_zero:
+            if exhausted and not strategy.config.grow_exhausted and trainer.is_global_zero:
                 logger.warning(
                     "after stage %s all branches of %d of %d modules are frozen: later tasks train no branch there. Raise "
-                    "strategy.experts, or lower strategy.freeze_count",
+                    "strategy.experts, lower strategy.freeze_count, or set strategy.grow_exhausted",
                     stage.name,
                     len(exhausted),
                     len(module.towers.adapters),

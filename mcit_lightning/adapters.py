@@ -4,18 +4,20 @@
 
 Every method of this framework is this formula. Experts that own their A, branches that share a trunk A, and plain LoRA (one
 branch, no gate) differ only in which A a branch reads, which parameters train and where the gate comes from. The sum is two
-matrix products over the concatenated branches, never a loop over them.
+matrix products over the joined branches (`joined`), never a loop over them.
 
-Shapes: B batch, S tokens, E branches, r rank, d_in and d_out the linear's features.
+Shapes: B batch, S tokens, E branches (gates, to be exact), r rank, d_in and d_out the linear's features.
 """
 
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mcit_lightning.joined import batched_product, join, linear, mix, mixed_linear
 
 Gate = Tensor | Callable[[Tensor], Tensor] | None
 """Weights of the branches: [E] for all inputs, [B, E] per sample, [B, S, E] per token, a function of the layer's input that
@@ -26,7 +28,8 @@ class AdapterLinear(nn.Module):
     """A linear layer with low-rank branches beside it; the base is frozen.
 
     Each branch's B, and each trunk's A, is a parameter of its own, because `requires_grad` is per parameter and branches freeze
-    one by one. Branches are kept in the order in which they were added; gates index them by that order.
+    one by one. Branches that always train together may be one parameter with several gates, which costs less. Branches are
+    kept in the order in which they were added; gates index them by that order.
 
     Args:
         base: the linear to adapt; kept as the submodule `base`.
@@ -46,13 +49,17 @@ class AdapterLinear(nn.Module):
         self.lora_b = nn.ParameterDict()
         self.routers = nn.ParameterDict()
         self.trunk_of: dict[str, str] = {}
+        self.gates_of: dict[str, int] = {}
         self.gate: Gate = None
         self.enabled = True
         self._used: tuple[str, ...] | None = None
         self._owners: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._unmerged: list[nn.Parameter] = []  # the pretrained weight while merged, hidden from `parameters()`
+        self._kept: dict[str, Tensor] | None = (
+            None  # what `keep` puts together once; plain tensors, not in `state_dict()`
+        )
         empty = torch.empty(0, dtype=torch.long, device=base.weight.device)
-        self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: branch that owns the column
+        self.register_buffer("branch_index", empty, persistent=False)  # [sum of ranks]: gate of the column
         self.register_buffer("trunk_columns", empty, persistent=False)  # [sum of ranks]: column of A_cat that feeds it
 
     # transformers reads these from linears that it does not call itself
@@ -76,8 +83,21 @@ class AdapterLinear(nn.Module):
         """d_out."""
         return self.base.out_features
 
+    @property
+    def num_gates(self) -> int:
+        """E, the number of weights that a gate has to give."""
+        return sum(self.gates_of.values())
+
     def add_branch(
-        self, name: str, rank: int, *, seed: int, path: str, trunk: str | None = None, std: float | None = None
+        self,
+        name: str,
+        rank: int,
+        *,
+        seed: int,
+        path: str,
+        trunk: str | None = None,
+        std: float | None = None,
+        gates: int = 1,
     ) -> None:
         """Add a branch; a second call with the same name and rank does nothing, so that plans can be replayed.
 
@@ -91,10 +111,12 @@ class AdapterLinear(nn.Module):
             path: the module's path in the backbone.
             trunk: key in `lora_a` of the A that it reads; None gives it one of its own. A trunk that exists is shared.
             std: A is normal with this deviation; None is LoRA's usual Kaiming uniform.
+            gates: the branch is that many branches of rank / gates, side by side in one A and one B.
 
         Raises:
             ValueError: the branch or the trunk exists with another rank.
         """
+        assert rank % gates == 0, (rank, gates)
         trunk = trunk or name
         shapes = (("branch", self.lora_b, name, 1), ("trunk", self.lora_a, trunk, 0))
         for kind, table, key, axis in shapes:
@@ -105,7 +127,7 @@ class AdapterLinear(nn.Module):
             self.lora_a[trunk] = nn.Parameter(_draw(rank, self.in_features, (seed, trunk, path), device, std))
         if name not in self.lora_b:
             self.lora_b[name] = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
-            self.trunk_of[name] = trunk
+            self.trunk_of[name], self.gates_of[name] = trunk, gates
         self._index()
 
     def add_router(self, name: str, *, seed: int, path: str) -> None:
@@ -116,7 +138,7 @@ class AdapterLinear(nn.Module):
         Raises:
             ValueError: the router exists for another number of branches.
         """
-        branches = len(self.lora_b)
+        branches = self.num_gates
         if name not in self.routers:
             values = _draw(branches, self.in_features, (seed, f"router {name}", path), self.base.weight.device)
             self.routers[name] = nn.Parameter(values)
@@ -138,9 +160,11 @@ class AdapterLinear(nn.Module):
         """
         if names is not None and (unknown := set(names) - set(self.lora_b)):
             raise ValueError(f"unknown branch {', '.join(sorted(unknown))}; there are {', '.join(self.lora_b)}")
-        if names is not None and len(self.lora_a) != len(self.lora_b):
+        if names is not None and not self._own_trunks:
             raise ValueError("branches that share a trunk take part together")
         self._used = None if names is None else tuple(names)
+        if self._kept is not None:
+            self._kept.clear()
 
     @torch.no_grad()
     def merge(self, gate: Tensor | None = None) -> None:
@@ -158,8 +182,8 @@ class AdapterLinear(nn.Module):
             raise ValueError("the layer is merged already; unmerge it first")
         if not self.base.weight.is_floating_point():
             raise ValueError("a quantised base cannot be merged with its branches")
-        a = _concatenate(list(self.lora_a.values()), 0).index_select(0, self.trunk_columns)
-        b = _concatenate(list(self.lora_b.values()), 1)
+        a = join(list(self.lora_a.values()), 0, torch.float32).index_select(0, self.trunk_columns)
+        b = join(list(self.lora_b.values()), 1, torch.float32)
         if gate is not None:
             b = b * gate.to(b.dtype).index_select(0, self.branch_index)
         self._unmerged.append(self.base.weight)  # type: ignore[arg-type]
@@ -171,50 +195,88 @@ class AdapterLinear(nn.Module):
         if self._unmerged:
             self.base.weight = self._unmerged.pop()
 
+    @contextmanager
+    def keep(self) -> Iterator[None]:
+        """Context in which no branch changes: without gradients, joined weights are made once and not for every token."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if not self.lora_b or self._unmerged or not self.enabled or self._used == ():
             return y
-        trunks, branches, owners = self._parts()
-        a = _concatenate(trunks, 0)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(a.dtype)
+        names = list(self.lora_b) if self._used is None else self._used
+        b = [self.lora_b[name] for name in names]
+        a = list(self.lora_a.values()) if self._used is None else [self.lora_a[self.trunk_of[name]] for name in names]
         gate = self.gate(x) if callable(self.gate) else self.gate  # routers see what dropout leaves out
-        hidden = F.linear(self.dropout(x), a)
+        device = x.device.type
+        x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a[0].dtype)
+        hidden = linear(self.dropout(x), self._parts("a", a, 0, x.dtype), 0)
+        into = y if y.dtype == hidden.dtype else None
         if self._mixes_first(hidden, gate):
             assert isinstance(gate, Tensor)
-            stacked = torch.stack(branches)  # [E, d_out, r]
-            mixed = torch.einsum("be,eor->bor", gate.to(hidden.dtype), stacked.to(hidden.dtype))
-            return y + (self.scale * torch.bmm(hidden, mixed.transpose(1, 2))).to(y.dtype)
-        b = _concatenate(branches, 1)
-        if len(self.lora_a) != len(self.lora_b):
-            hidden = hidden.index_select(-1, self.trunk_columns)  # every branch gets its trunk's columns
-        if gate is not None:
-            gate = gate.to(hidden.dtype)
-            if gate.dim() == 2 and hidden.dim() == 3:
-                gate = gate.unsqueeze(1)
-            hidden = hidden * gate.index_select(-1, owners)
-        return y + (self.scale * F.linear(hidden, b)).to(y.dtype)
+            out = self._mixed(hidden, b, gate, into)
+        else:
+            out = linear(self._gated(hidden, gate), self._parts("b", b, 1, x.dtype), 1, into)
+        return y + out.to(y.dtype) if into is None else out
 
-    def _parts(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Trunks, branches, and for each column of the concatenated branches the gate's column that weighs it."""
-        if self._used is None:
-            return list(self.lora_a.values()), list(self.lora_b.values()), self.branch_index
-        key = (self._used, self.branch_index.device)
+    def _gated(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
+        """[..., sum of ranks], what the branches' B read: the trunks' outputs, gated and scaled."""
+        if gate is None:
+            hidden = self.scale * hidden
+            return hidden if self._own_trunks else hidden.index_select(-1, self.trunk_columns)
+        gate = (self.scale * gate).to(hidden.dtype)
+        if gate.dim() == 2 and hidden.dim() == 3:
+            gate = gate.unsqueeze(1)
+        if self._equal_ranks and (self._own_trunks or len(self.lora_a) == 1):
+            columns = gate.shape[-1] if self._own_trunks else 1
+            return (hidden.unflatten(-1, (columns, -1)) * gate.unsqueeze(-1)).flatten(-2)
+        if self._used is not None:
+            return hidden * gate.index_select(-1, self._owners_of(self._used))
+        return hidden.index_select(-1, self.trunk_columns) * gate.index_select(-1, self.branch_index)
+
+    def _owners_of(self, names: tuple[str, ...]) -> Tensor:
+        """[sum of ranks], as `branch_index` for some of the branches."""
+        key = (names, self.branch_index.device)
         if key not in self._owners:
-            owner = [index for index, name in enumerate(self._used) for _ in range(self.lora_b[name].shape[1])]
-            self._owners[key] = torch.tensor(owner, device=self.branch_index.device)
-        return (
-            [self.lora_a[self.trunk_of[n]] for n in self._used],
-            [self.lora_b[n] for n in self._used],
-            self._owners[key],
-        )
+            parts = [(name, self.lora_b[name].shape[1] // self.gates_of[name]) for name in names]
+            ranks = [rank for name, rank in parts for _ in range(self.gates_of[name])]
+            owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+            self._owners[key] = torch.tensor(owner, device=key[1])
+        return self._owners[key]
 
     def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
         """Whether a sample's branches are summed before the product: they share a trunk and a gate, over enough tokens."""
         if len(self.lora_a) != 1 or len(self.lora_b) == 1 or gate is None:
             return False
-        return gate.dim() == 2 and hidden.dim() == 3 and hidden.shape[1] >= len(self.lora_b)
+        if gate.dim() != 2 or hidden.dim() != 3:
+            return False
+        return hidden.shape[1] >= len(self.lora_b) or (self._keeps() and len(hidden) <= len(self.lora_b))
+
+    def _mixed(self, hidden: Tensor, b: list[nn.Parameter], gate: Tensor, into: Tensor | None) -> Tensor:
+        """[B, S, d_out], `into` and the sum of the branches."""
+        if not self._keeps() or len(hidden) > len(b):
+            return mixed_linear(hidden, b, (self.scale * gate).to(hidden.dtype), into)
+        assert self._kept is not None
+        if self._kept.get("gate") is not gate:  # a generation decides it once
+            self._kept["gate"] = gate
+            self._kept["mixed"] = mix(b, (self.scale * gate).to(hidden.dtype))
+        return batched_product(hidden, self._kept["mixed"], into)
+
+    def _keeps(self) -> bool:
+        return self._kept is not None and not torch.is_grad_enabled()
+
+    def _parts(self, name: str, parts: list[nn.Parameter], dim: int, dtype: torch.dtype) -> list[Tensor]:
+        """The parts, or in `keep` the one tensor that they make."""
+        if not self._keeps():
+            return [*parts]
+        assert self._kept is not None
+        if name not in self._kept:
+            self._kept[name] = join(parts, dim, dtype)
+        return [self._kept[name]]
 
     def adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (relative to this module) and parameters of trunks, branches and routers."""
@@ -228,22 +290,20 @@ class AdapterLinear(nn.Module):
 
     def _index(self) -> None:
         device = self.base.weight.device
-        ranks = [parameter.shape[1] for parameter in self.lora_b.values()]
         starts, start = {}, 0
         for trunk, parameter in self.lora_a.items():
             starts[trunk] = start
             start += parameter.shape[0]
-        columns = [
-            starts[self.trunk_of[name]] + i for name, rank in zip(self.lora_b, ranks, strict=True) for i in range(rank)
+        columns = [starts[self.trunk_of[name]] + i for name, b in self.lora_b.items() for i in range(b.shape[1])]
+        ranks = [
+            b.shape[1] // self.gates_of[name] for name, b in self.lora_b.items() for _ in range(self.gates_of[name])
         ]
         owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
         self._used, self._owners = None, {}
+        self._equal_ranks = len(set(ranks)) == 1
+        self._own_trunks = columns == list(range(start))  # the columns of A_cat are those of B_cat
         self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
         self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)
-
-
-def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _draw(

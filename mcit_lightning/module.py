@@ -221,7 +221,7 @@ class MCITModule(L.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         end_id = stream.train_collator.encoder.end_id
         began = self._clock()
-        with self.strategy.routing(self.towers, batch, None):
+        with self.strategy.routing(self.towers, batch, None), self.towers.generating():
             routed_at = self._clock()
             texts = generate_answers(self.model, self.processor, batch["inputs"], stream.max_new_tokens(task), end_id)
         self.eval_seconds["routing"] += routed_at - began

@@ -7,6 +7,8 @@ keys are running sums of unit embeddings by default.
 Shapes: B samples, T tasks, d_img and d_txt the widths of the embeddings.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,13 @@ class TaskSelector(nn.Module):
         self.tasks: list[str] = []
         self.image_keys = nn.ParameterDict()
         self.text_keys = nn.ParameterDict()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TaskSelector":
+        """Move with the model, but stay in float32: a sum of some hundred unit vectors no longer grows in bfloat16."""
+        super()._apply(fn, recurse)
+        for key in self.parameters():
+            key.data = key.data.float()
+        return self
 
     def add_task(self, task: str, image_width: int, text_width: int, device: torch.device) -> None:
         """Make the keys of a task. A task that is there is left as it is.

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -143,12 +143,20 @@ class Towers:
             for layer in self.adapters.values():
                 layer.enabled = True
 
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Context in which no adapter changes; layers put together once what they would else put together for every token."""
+        with ExitStack() as contexts:
+            for layer in self.adapters.values():
+                contexts.enter_context(layer.keep())
+            yield
+
     def injection_plan(self) -> list[tuple[str, str, int, int, int]]:
         """What is attached: rows of (tower, target, modules, branches per module, adapter parameters)."""
         modules: Counter[tuple[str, str, int]] = Counter()
         parameters: Counter[tuple[str, str, int]] = Counter()
         for path, layer in self.adapters.items():
-            key = (self.tower_of(path) or "", path.rpartition(".")[2], len(layer.lora_b))
+            key = (self.tower_of(path) or "", path.rpartition(".")[2], layer.num_gates)
             modules[key] += 1
             parameters[key] += sum(parameter.numel() for _, parameter in layer.adapter_parameters())
         return [(tower, target, modules[key], key[2], parameters[key]) for key in modules for tower, target, _ in [key]]

@@ -142,14 +142,14 @@ def test_counts_are_of_samples_or_of_the_prompts_tokens() -> None:
         one.state = state(mask, counting=True)
         one(x)
         one(x)  # a recomputed forward
-        return one.state.usage["q"]
+        return one.state.usage("q")
 
     torch.testing.assert_close(counted(), torch.tensor([[0.0, 2, 2], [0, 0.8, 1.2]]))
     torch.testing.assert_close(counted(gate_input="token"), torch.tensor([[0.0, 4, 4], [0, 1.6, 2.4]]))
     quiet = gate(rows)
     quiet.state = state(mask)
     quiet(x)
-    assert not quiet.state.usage
+    assert not quiet.state.used
 
 
 def test_a_generation_keeps_the_gate_of_its_prefill() -> None:

@@ -95,6 +95,16 @@ def test_running_sum_is_the_minimum_of_the_alignment_loss_in_any_batching() -> N
     assert loss <= whole.alignment_loss("task0", *samples) + 1e-5
 
 
+def test_keys_stay_in_float32_in_a_bfloat16_model() -> None:
+    found = TaskSelector()
+    found.add_task("a", 2, 2, CPU)
+    found.to(torch.bfloat16)
+    for number in range(2000):  # the later half points elsewhere; a sum in bfloat16 would not see it
+        unit = torch.tensor([[1.0, 0]] if number < 1000 else [[0, 1.0]])
+        found.update("a", unit, torch.ones(1), unit)
+    assert found.image_keys["a"].tolist() == found.text_keys["a"].tolist() == [1000.0, 1000.0]
+
+
 def test_learned_keys_start_at_length_one_and_sums_at_zero() -> None:
     learned, summed = TaskSelector(learned=True), TaskSelector()
     for found in (learned, summed):

@@ -2,7 +2,8 @@
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,9 @@ from mcit_lightning.selector import TaskSelector
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES
 from mcit_lightning.strategies.branchlora_config import BranchLoRAConfig
-from mcit_lightning.strategies.moelora import ROUTER, MoELoRA, set_gates
-from mcit_lightning.tiles import image_tokens
+from mcit_lightning.strategies.moelora import INIT_STD, ROUTER, MoELoRA, set_gates
+from mcit_lightning.task_projectors import TaskProjectors
+from mcit_lightning.tiles import image_tokens, tile_owners
 from mcit_lightning.towers import Towers
 
 
@@ -41,6 +43,7 @@ class BranchLoRA(MoELoRA):
         self.top_k, self.renormalize = config.top_k, config.renormalize_top_k
         self.gate_input, self.normalize = config.gate_input, config.normalize_gate_input
         self.selector = TaskSelector(learned=config.selector == "learned_keys")
+        self.projectors = TaskProjectors() if config.projector == "per_task" else None
         self.frozen: dict[str, set[str]] = {}
         self._steps = 0
         self._choice: Tensor | None = None
@@ -85,15 +88,44 @@ class BranchLoRA(MoELoRA):
         """What the key encoder wants to know of the samples."""
         return self.key_encoder().reader
 
-    def trunk(self, index: int) -> str:
-        """The shared trunk, or a branch's own A."""
-        return "trunk" if self.config.shared_trunk else super().trunk(index)
+    @property
+    def rank(self) -> int:
+        """Inner rank of the trunk and of every branch."""
+        return self.config.branch_rank or self.config.rank // self.config.experts
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha over the inner rank."""
+        return self.config.alpha / (self.config.rank if self.config.scale_by == "rank" else self.rank)
+
+    def add_experts(self, layer: AdapterLinear, path: str) -> None:
+        """The branches of one module, with a shared trunk or an A each. Every B can freeze alone."""
+        self._add(layer, path, self.config.experts)
+
+    def _add(self, layer: AdapterLinear, path: str, number: int) -> None:
+        trunk, there = "trunk" if self.config.shared_trunk else None, len(layer.lora_b)
+        for index in range(there, there + number):
+            layer.add_branch(f"expert{index}", self.rank, seed=self.seed, path=path, trunk=trunk, std=INIT_STD)
 
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:
-        """All branches in the first stage; with task routers, a router for the stage in every module."""
-        plan = super().plan(stage, towers)
+        """All branches in the first stage; with task routers, a router for the stage in every module.
+
+        Later, `grow_exhausted` branches where all are frozen.
+        """
+        ranks = dict.fromkeys(super().plan(stage, towers).ranks, self.rank * self.config.experts)
         router = stage.name if self.config.task_routers else ROUTER
-        return TaskPlan(stage.name, ranks=plan.ranks, extra={"router": router})
+        extra: dict[str, Any] = {"router": router}
+        if self.config.grow_exhausted:
+            extra["more"] = dict.fromkeys(self.exhausted(towers), self.config.grow_exhausted)
+        return TaskPlan(stage.name, ranks=ranks, extra=extra)
+
+    def grow(self, towers: Towers, plan: TaskPlan) -> None:
+        """Attach the planned branches and routers. A plan that was carried out adds nothing."""
+        for path, number in plan.extra.get("more", {}).items():
+            layer = towers.adapters[path]
+            if plan.extra["router"] not in layer.routers:
+                self._add(layer, path, number)
+        super().grow(towers, plan)
 
     def add_routers(self, towers: Towers, plan: TaskPlan) -> None:
         """The planned router in every module, and the task's keys."""
@@ -105,7 +137,9 @@ class BranchLoRA(MoELoRA):
             if is_new and self.config.router_init == "zeros":
                 nn.init.zeros_(layer.routers[router])
             elif is_new and before and self.config.router_init == "previous":
-                layer.routers[router].data.copy_(before[-1].data)
+                layer.routers[router].data[: len(before[-1])] = before[-1].data  # rows of new branches stay drawn
+        if self.projectors is not None and self.selector.tasks and router not in self.selector.tasks:
+            self.projectors.keep(self.selector.tasks[-1], towers)
         if self.config.task_routers:
             self.selector.add_task(router, *self.key_encoder().widths(towers), towers.model.device)
 
@@ -142,9 +176,15 @@ class BranchLoRA(MoELoRA):
             layers: module path -> layer, in the order of the rows. Modules are called in another order than they are listed in
                 by some models, and a module that was not called has zeros.
         """
-        assert self.state is not None and self.state.usage
-        unused = torch.zeros_like(next(iter(self.state.usage.values())))
-        return torch.stack([self.state.usage.get(path, unused) for path in layers])
+        assert self.state is not None and self.state.used
+        rows = torch.zeros(
+            len(layers), 2, max(layer.num_gates for layer in layers.values()), device=self.state.mask.device
+        )
+        for row, path in enumerate(layers):
+            if path in self.state.used:
+                usage = self.state.usage(path)
+                rows[row, :, : usage.shape[1]] = usage
+        return rows
 
     def most_used(self, layers: dict[str, AdapterLinear], count: Tensor, mass: Tensor) -> dict[str, list[str]]:
         """Branches to freeze after a task, per module.
@@ -198,6 +238,25 @@ class BranchLoRA(MoELoRA):
             self.key_encoder().check(towers, batch)
         return state
 
+    def routing(self, towers: Towers, batch: Batch, task: str | None) -> AbstractContextManager[None]:
+        """Give every gate the state of this batch, and at evaluation every picture the projector of its sample's task."""
+        context = super().routing(towers, batch, task)
+        if self.projectors is None:
+            return context
+        owners = tile_owners(towers, batch)  # before any training too: raises where pictures have no single owner
+        choose = task is None and self._choice is not None
+        self.projectors.choose(self._choice.index_select(0, owners) if choose and self._choice is not None else None)
+        return self._own_projectors(context)
+
+    @contextmanager
+    def _own_projectors(self, context: AbstractContextManager[None]) -> Iterator[None]:
+        try:
+            with context:
+                yield
+        finally:
+            assert self.projectors is not None
+            self.projectors.choose(None)
+
     def routed_to(self) -> list[list[str]] | None:
         """The task whose router each sample of the last evaluation batch got; none where no key was similar enough."""
         if self._choice is None:
@@ -228,6 +287,12 @@ class BranchLoRA(MoELoRA):
         layers = towers.adapters
         if not layers or router not in next(iter(layers.values())).routers:
             raise ValueError(f"task {task!r} has no router; learnt: {', '.join(self.selector.tasks) or 'none'}")
+        if self.projectors is not None:
+            raise ValueError(
+                "projector: 'per_task' keeps a projector for each task, which merging does not switch; use shared"
+            )
+        if towers.model.training:
+            raise ValueError("the model is in training mode, where dropout and noise vary the gate; call eval() first")
         mask = prompt_mask(batch)
         if image_tokens(towers, batch)[torch.arange(len(mask), device=mask.device), mask.argmax(1)].any():
             raise ValueError(
@@ -256,16 +321,21 @@ class BranchLoRA(MoELoRA):
         """`TaskSelector.choose` for a batch. The oracle sends a task that was not learnt yet to the newest router."""
         tasks = self.selector.tasks
         if self.config.selector == "oracle":
-            index = [tasks.index(task) if task in tasks else len(tasks) - 1 for task in batch["task"]]
-            return torch.tensor(index, device=batch["inputs"]["input_ids"].device), None
+            true = [tasks.index(task) if task in tasks else len(tasks) - 1 for task in batch["task"]]
+            return torch.tensor(true, device=batch["inputs"]["input_ids"].device), None
         found = self.key_encoder().embed(towers, batch)
-        return self.selector.choose(*found, min_similarity=self.config.min_similarity)
+        index, known = self.selector.choose(*found, min_similarity=self.config.min_similarity)
+        if self.config.route_scope == "batch_vote":
+            index = torch.bincount(index, minlength=len(tasks)).argmax().expand(len(index))
+        return index, known
 
     def _noise(self, towers: Towers, size: int) -> dict[str, Tensor]:
         """[B, E] per module, drawn from (seed, rank, step): a resumed run and a recomputed forward see the same."""
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{rank}/{self._steps}".encode()))
         self._steps += 1
-        paths = list(towers.adapters)
-        draws = torch.randn(len(paths), size, self.config.experts, generator=generator) * self.config.router_noise
-        return dict(zip(paths, draws.to(towers.model.device, non_blocking=True), strict=True))
+        layers = towers.adapters
+        width = max(layer.num_gates for layer in layers.values())
+        draws = torch.randn(len(layers), size, width, generator=generator) * self.config.router_noise
+        draws = draws.to(towers.model.device, non_blocking=True)
+        return {path: draws[row, :, : layer.num_gates] for row, (path, layer) in enumerate(layers.items())}

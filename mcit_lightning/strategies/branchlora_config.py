@@ -5,16 +5,22 @@ from typing import Literal
 
 from mcit_lightning.gates import GateInput
 from mcit_lightning.strategies.moelora import MoELoRAConfig
+from mcit_lightning.strategies.sequential import LoRAConfig
 
 
 @dataclass
 class BranchLoRAConfig(MoELoRAConfig):
     """The method's parts can be switched off one by one, which gives the paper's ablation down to MoELoRA.
 
-    The projector trains with the adapters, as in the paper; `backbone.train_projector: false` freezes it, and
-    `optim.projector_lr` gives it its own rate. It is the largest source of forgetting.
+    The projector trains with the adapters, as in the paper; `backbone.train_projector: false` freezes it,
+    `optim.projector_lr` gives it its own rate, and `projector` a copy for each task. It is the largest source of forgetting.
     """
 
+    branch_rank: int | None = None
+    """Rank of the trunk and of every branch; null: rank / experts, which the published parameter counts come from."""
+    scale_by: Literal["rank", "branch_rank"] = "rank"
+    """The adapter's output is scaled by alpha over this. `branch_rank` makes it `experts` times larger, which needs a learning
+    rate that much smaller."""
     shared_trunk: bool = True
     """One A per module for all branches; False gives every branch its own."""
     top_k: int | None = 2
@@ -39,6 +45,8 @@ class BranchLoRAConfig(MoELoRAConfig):
     """What most used means: how often a branch was chosen, or the sum of its gates. The other one decides between equals."""
     freeze_only_tunable: bool = False
     """Choose among branches that are not frozen yet; by default an already frozen one may be chosen again."""
+    grow_exhausted: int = 0
+    """Branches that a module gets before a task if all that it has are frozen; 0: none, its trunk and router train on."""
     freeze_trunk_after: int | None = None
     """Freeze A after that many tasks; null: it trains on."""
     task_routers: bool = True
@@ -55,10 +63,27 @@ class BranchLoRAConfig(MoELoRAConfig):
     """Cosine to the best key, averaged over a sample's image and text, below which no adapter answers; null: the best task
     always does."""
 
+    projector: Literal["shared", "per_task"] = "shared"
+    """`per_task`: a task starts from the previous one's projector, which is kept for that task's samples."""
+    route_scope: Literal["sample", "batch_vote"] = "sample"
+    """`batch_vote`: the whole batch goes to the task that most of its samples are most similar to. Scores then depend on the
+    batches."""
+
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.branch_rank is None:
+            super().__post_init__()
+        else:  # the total rank does not need to be divisible
+            LoRAConfig.__post_init__(self)
+            if self.branch_rank < 1 or self.experts < 1:
+                raise ValueError(
+                    f"branch_rank: is {self.branch_rank} with {self.experts} experts, both must be at least 1"
+                )
         if self.top_k is not None and not 1 <= self.top_k <= self.experts:
             raise ValueError(f"top_k: is {self.top_k}, must be between 1 and experts ({self.experts}), or null for all")
+        if not self.renormalize_top_k and self.top_k in (None, self.experts):
+            raise ValueError(
+                f"renormalize_top_k: false has no effect where all branches are mixed (top_k: {self.top_k}); leave it true"
+            )
         if self.top_k == 1 and self.renormalize_top_k:
             raise ValueError(
                 "top_k: with 1 the softmax over the chosen branch is always 1 and the router gets no gradient; use 2, or "
@@ -73,7 +98,7 @@ class BranchLoRAConfig(MoELoRAConfig):
     def _check_routers(self) -> None:
         if self.router_noise < 0:
             raise ValueError(f"router_noise: is {self.router_noise}, must not be negative")
-        if self.router_init == "zeros" and self.router_noise == 0:
+        if self.router_init == "zeros" and self.router_noise == 0 and self.top_k not in (None, self.experts):
             raise ValueError(
                 "router_init: with 'zeros' and router_noise: 0 all branches tie and the same ones are always chosen; set "
                 "router_noise above 0, or router_init: kaiming"
@@ -89,18 +114,46 @@ class BranchLoRAConfig(MoELoRAConfig):
                 f"freeze_count: is {self.freeze_count}, must be between 1 and experts ({self.experts}); to freeze none, set "
                 "freeze_branches: false"
             )
+        if not self.freeze_branches:
+            changed = {"freeze_count": None, "freeze_by": "count", "freeze_only_tunable": False, "grow_exhausted": 0}
+            for key, default in changed.items():
+                if getattr(self, key) != default:
+                    raise ValueError(
+                        f"{key}: is {getattr(self, key)!r}, but freeze_branches is false, so none ever freezes"
+                    )
+        if self.grow_exhausted < 0:
+            raise ValueError(f"grow_exhausted: is {self.grow_exhausted}, must not be negative")
+        if self.grow_exhausted and not self.task_routers:
+            raise ValueError(
+                "grow_exhausted: needs task_routers: true; a router for all tasks cannot choose a new branch"
+            )
         if self.freeze_trunk_after is not None and self.freeze_trunk_after < 0:
             raise ValueError(f"freeze_trunk_after: is {self.freeze_trunk_after}, must not be negative")
 
     def _check_selector(self) -> None:
         if self.alignment_weight < 0:
             raise ValueError(f"alignment_weight: is {self.alignment_weight}, must not be negative")
+        if self.selector == "learned_keys" and self.alignment_weight == 0:
+            raise ValueError(
+                "alignment_weight: with 0 the learned keys never move and all samples go to the first task"
+            )
+        if self.selector != "learned_keys" and self.alignment_weight != 1:
+            raise ValueError(
+                f"alignment_weight: is {self.alignment_weight}, but only selector: learned_keys trains keys by a loss"
+            )
         if self.min_similarity is not None and not -1 <= self.min_similarity <= 1:
             raise ValueError(f"min_similarity: is {self.min_similarity}, must be a cosine, in [-1, 1], or null")
-        if self.selector == "learned_keys" and not self.task_routers:
-            raise ValueError("selector: 'learned_keys' needs task_routers: true; one router needs no keys")
-        for key in ("key_encoder", "min_similarity"):
-            if getattr(self, key) is not None and (self.selector == "oracle" or not self.task_routers):
+        if self.projector == "per_task" and not self.task_routers:
+            raise ValueError("projector: 'per_task' needs task_routers: true, whose selector finds the task")
+        if self.selector != "keys" and not self.task_routers:
+            raise ValueError(f"selector: {self.selector!r} needs task_routers: true; one router has nothing to select")
+        if self.min_similarity is not None and self.route_scope == "batch_vote":
+            raise ValueError(
+                "route_scope: 'batch_vote' has no place for samples without a task; leave min_similarity null"
+            )
+        unused = {"key_encoder": None, "min_similarity": None, "route_scope": "sample"}
+        for key, default in unused.items():
+            if getattr(self, key) != default and (self.selector == "oracle" or not self.task_routers):
                 raise ValueError(
                     f"{key}: is {getattr(self, key)!r}, but there are no keys with "
                     + ("selector: oracle" if self.task_routers else "task_routers: false")

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
+from mcit_lightning.adapters import AdapterLinear
 from mcit_lightning.gates import GateInput, GateState, RouterGate
 from mcit_lightning.loss import Batch, prompt_mask
 from mcit_lightning.plans import TaskPlan
@@ -14,6 +15,9 @@ from mcit_lightning.towers import Towers, find_targets
 
 ROUTER = "shared"
 """Name of the router where all tasks have the same one."""
+
+INIT_STD = 0.01
+"""Every A is drawn from N(0, 0.01^2), as in CoIN's code."""
 
 
 @dataclass
@@ -58,11 +62,9 @@ class MoELoRA(ContinualStrategy):
 
     def grow(self, towers: Towers, plan: TaskPlan) -> None:
         """Attach the planned experts and their router."""
-        rank = self.config.rank // self.config.experts
         for path in plan.ranks:
-            layer = towers.attach(path, scale=self.config.alpha / self.config.rank, dropout=self.config.dropout)
-            for index in range(self.config.experts):
-                layer.add_branch(f"expert{index}", rank, seed=self.seed, path=path, trunk=self.trunk(index), std=0.01)
+            layer = towers.attach(path, scale=self.scale, dropout=self.config.dropout)
+            self.add_experts(layer, path)
             layer.gate = RouterGate(
                 path,
                 layer,
@@ -73,9 +75,16 @@ class MoELoRA(ContinualStrategy):
             )
         self.add_routers(towers, plan)
 
-    def trunk(self, index: int) -> str:
-        """Name of the A that an expert reads: its own."""
-        return f"expert{index}"
+    @property
+    def scale(self) -> float:
+        """Factor on the sum of the experts."""
+        return self.config.alpha / self.config.rank
+
+    def add_experts(self, layer: AdapterLinear, path: str) -> None:
+        """The experts of one module; none freezes alone, so they are one parameter."""
+        layer.add_branch(
+            "experts", self.config.rank, seed=self.seed, path=path, std=INIT_STD, gates=self.config.experts
+        )
 
     def add_routers(self, towers: Towers, plan: TaskPlan) -> None:
         """One router per module, made with the experts."""
