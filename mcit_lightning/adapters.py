@@ -160,12 +160,11 @@ class AdapterLinear(nn.Module):
         """
         if names is not None and (unknown := set(names) - set(self.lora_b)):
             raise ValueError(f"unknown branch {', '.join(sorted(unknown))}; there are {', '.join(self.lora_b)}")
-        if names is not None and len(self.lora_a) != len(self.lora_b):
+        if names is not None and not self._own_trunks:
             raise ValueError("branches that share a trunk take part together")
-        used = None if names is None else tuple(names)
-        if self._kept is not None and used != self._used:
+        self._used = None if names is None else tuple(names)
+        if self._kept is not None:
             self._kept.clear()
-        self._used = used
 
     @torch.no_grad()
     def merge(self, gate: Tensor | None = None) -> None:
@@ -209,48 +208,44 @@ class AdapterLinear(nn.Module):
         y = self.base(x)
         if not self.lora_b or self._unmerged or not self.enabled or self._used == ():
             return y
-        a, b = self._active()
+        names = list(self.lora_b) if self._used is None else self._used
+        b = [self.lora_b[name] for name in names]
+        a = list(self.lora_a.values()) if self._used is None else [self.lora_a[self.trunk_of[name]] for name in names]
         gate = self.gate(x) if callable(self.gate) else self.gate  # routers see what dropout leaves out
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a[0].dtype)
-        hidden = linear(self.dropout(x), self._joined("a", a, 0, x.dtype), 0)
+        hidden = linear(self.dropout(x), self._parts("a", a, 0, x.dtype), 0)
         into = y if y.dtype == hidden.dtype else None
         if self._mixes_first(hidden, gate):
             assert isinstance(gate, Tensor)
             out = self._mixed(hidden, b, gate, into)
         else:
-            out = linear(self._gated(hidden, gate), self._joined("b", b, 1, x.dtype), 1, into)
+            out = linear(self._gated(hidden, gate), self._parts("b", b, 1, x.dtype), 1, into)
         return y + out.to(y.dtype) if into is None else out
-
-    def _active(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Trunks and branches that take part."""
-        if self._used is None:
-            return list(self.lora_a.values()), list(self.lora_b.values())
-        return [self.lora_a[self.trunk_of[name]] for name in self._used], [self.lora_b[name] for name in self._used]
 
     def _gated(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
         """[..., sum of ranks], what the branches' B read: the trunks' outputs, gated and scaled."""
-        own_trunks = self._own_trunks or self._used is not None
         if gate is None:
             hidden = self.scale * hidden
-            return hidden if own_trunks else hidden.index_select(-1, self.trunk_columns)
+            return hidden if self._own_trunks else hidden.index_select(-1, self.trunk_columns)
         gate = (self.scale * gate).to(hidden.dtype)
         if gate.dim() == 2 and hidden.dim() == 3:
             gate = gate.unsqueeze(1)
-        if self._equal_ranks and (own_trunks or len(self.lora_a) == 1):
-            columns = gate.shape[-1] if own_trunks else 1
+        if self._equal_ranks and (self._own_trunks or len(self.lora_a) == 1):
+            columns = gate.shape[-1] if self._own_trunks else 1
             return (hidden.unflatten(-1, (columns, -1)) * gate.unsqueeze(-1)).flatten(-2)
-        if self._used is None:
-            return hidden.index_select(-1, self.trunk_columns) * gate.index_select(-1, self.branch_index)
-        return hidden * gate.index_select(-1, self._owner())
+        if self._used is not None:
+            return hidden * gate.index_select(-1, self._owners_of(self._used))
+        return hidden.index_select(-1, self.trunk_columns) * gate.index_select(-1, self.branch_index)
 
-    def _owner(self) -> Tensor:
-        """[sum of the used ranks], the gate's column that weighs each column of the branches that take part."""
-        assert self._used is not None
-        key = (self._used, self.branch_index.device)
+    def _owners_of(self, names: tuple[str, ...]) -> Tensor:
+        """[sum of ranks], as `branch_index` for some of the branches."""
+        key = (names, self.branch_index.device)
         if key not in self._owners:
-            owner = [index for index, name in enumerate(self._used) for _ in range(self.lora_b[name].shape[1])]
-            self._owners[key] = torch.tensor(owner, device=self.branch_index.device)
+            parts = [(name, self.lora_b[name].shape[1] // self.gates_of[name]) for name in names]
+            ranks = [rank for name, rank in parts for _ in range(self.gates_of[name])]
+            owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+            self._owners[key] = torch.tensor(owner, device=key[1])
         return self._owners[key]
 
     def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
@@ -274,7 +269,7 @@ class AdapterLinear(nn.Module):
     def _keeps(self) -> bool:
         return self._kept is not None and not torch.is_grad_enabled()
 
-    def _joined(self, name: str, parts: list[nn.Parameter], dim: int, dtype: torch.dtype) -> list[Tensor]:
+    def _parts(self, name: str, parts: list[nn.Parameter], dim: int, dtype: torch.dtype) -> list[Tensor]:
         """The parts, or in `keep` the one tensor that they make."""
         if not self._keeps():
             return [*parts]
@@ -304,9 +299,9 @@ class AdapterLinear(nn.Module):
             b.shape[1] // self.gates_of[name] for name, b in self.lora_b.items() for _ in range(self.gates_of[name])
         ]
         owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+        self._used, self._owners = None, {}
         self._equal_ranks = len(set(ranks)) == 1
         self._own_trunks = columns == list(range(start))  # the columns of A_cat are those of B_cat
-        self._used, self._owners = None, {}
         self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
         self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)
 
