@@ -7,13 +7,13 @@ from pathlib import Path
 import yaml
 
 from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.engine import resolve_precision
 from mcit_lightning.evaluation.results import RESULTS_FILE, Results
 from mcit_lightning.loading import load_config
 from mcit_lightning.module import MCITModule
 from mcit_lightning.registry import nearest
-from mcit_lightning.rundir import read_checkpoint
 from mcit_lightning.stages import Stage
 from mcit_lightning.validation import build_strategy
 

@@ -52,10 +52,10 @@ def inputs(trained: Trained) -> dict[str, Any]:
 def gated_logits(trained: Trained, *tasks: str) -> Tensor:
     """Logits of the run's model with the experts of some tasks, all branches where there is no gate."""
     batch = inputs(trained)
-    strategy: Any = trained.module.strategy
-    if tasks:
-        active = torch.tensor([[float(task in tasks) for task in strategy.tasks]])
-        strategy._set_gates(trained.module.towers, batch, active)
+    for layer in trained.module.towers.adapters.values():
+        if tasks:
+            layer.use([task for task in tasks if task in layer.lora_b])
+            layer.gate = None
     with torch.no_grad():
         logits: Tensor = trained.module.model(**batch["inputs"]).logits
     return logits
@@ -112,6 +112,30 @@ def test_merged_weights_need_nothing_but_transformers(
     }
     torch.testing.assert_close(plain_logits(model, trained), gated_logits(trained, *adapters), atol=1e-5, rtol=1e-4)
     assert AutoProcessor.from_pretrained(out).image_token == trained.module.processor.image_token
+
+
+def test_a_task_of_branchlora_is_merged_with_its_fixed_mixture(made: Callable[[str], Path], tmp_path: Path) -> None:
+    root = made("branchlora_smoke")
+    seen = []
+    for task in ("colours", "shapes"):
+        out = tmp_path / task
+        assert main(["export", str(root), "--to", "merged", "--adapter", task, "--out", str(out)]) == 0
+        trained = load_trained(root)
+        strategy: Any = trained.module.strategy
+        with strategy.merged(trained.module.towers, inputs(trained), task), torch.no_grad():
+            expected = trained.module.model(**inputs(trained)["inputs"]).logits
+        seen.append(plain_logits(AutoModelForImageTextToText.from_pretrained(out), trained))
+        torch.testing.assert_close(seen[-1], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(*seen, atol=1e-4)
+
+
+def test_what_a_router_mixes_for_every_input_is_refused(
+    made: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, out = made("branchlora_smoke"), str(tmp_path / "out")
+    assert main(["export", str(root), "--to", "peft", "--out", out]) == 2
+    assert main(["export", str(root), "--to", "merged", "--out", out]) == 2
+    assert "mixed by a router for every input" in caplog.text and "name one learnt task: colours, shapes" in caplog.text
 
 
 def test_the_card_says_what_it_is(made: Callable[[str], Path], tmp_path: Path) -> None:

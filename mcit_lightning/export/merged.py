@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mcit_lightning.data.collate import EvalCollator
 from mcit_lightning.data.records import Sample
@@ -36,8 +37,8 @@ def export_merged(trained: Trained, out: Path, adapters: list[str]) -> Path:
     for path, gate in gates.items():
         towers.adapters[path].merge(gate)
     towers.detach_all()
-    model = trained.module.model
-    model.to(model.dtype)  # type: ignore[arg-type]  # a tuned projector is float32 beside a bfloat16 base
+    model: PreTrainedModel = trained.module.model  # type: ignore[assignment]
+    nn.Module.to(model, dtype=model.dtype)  # a tuned projector is float32 beside a bfloat16 base
     model.save_pretrained(out)
     trained.module.processor.save_pretrained(out)
     write_card(trained, out, adapter="+".join(adapters) or None, merged=True)
@@ -48,11 +49,14 @@ def _gates(trained: Trained, adapters: list[str]) -> Mapping[str, Tensor]:
     """Module path -> weight of each branch, [E]."""
     module, strategy = trained.module, trained.module.strategy
     if isinstance(strategy, BranchLoRA):
-        known = strategy.selector.tasks
-        if len(adapters) != 1 or adapters[0] not in known:
+        known = trained.config.order[: trained.stage.row + 1] if strategy.config.task_routers else []
+        if adapters not in ([[task] for task in known] or [[]]):
             given = " ".join(adapters) or "nothing"
-            raise ValueError(f"--adapter: is {given}; name one learnt task: {', '.join(known)}")
-        return strategy.fixed_gates(module.towers, _any_prompt(trained), adapters[0])
+            wanted = (
+                f"name one learnt task: {', '.join(known)}" if known else "leave it out, one router serves all tasks"
+            )
+            raise ValueError(f"--adapter: is {given}; {wanted}")
+        return strategy.fixed_gates(module.towers, _any_prompt(trained), *(adapters or [trained.stage.name]))
     plain = strategy.plain_lora(module.towers)
     if not plain:
         raise ValueError(

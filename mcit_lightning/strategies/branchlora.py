@@ -265,19 +265,10 @@ class BranchLoRA(MoELoRA):
         tasks = self.selector.tasks
         return [[tasks[index]] if known else [] for index, known in zip(self._choice.tolist(), found, strict=True)]
 
-    @contextmanager
-    def merged(self, towers: Towers, batch: Batch, task: str) -> Iterator[None]:
-        """Context in which a learnt task's branches are part of the base weights: same answers, no adapter cost.
+    def fixed_gates(self, towers: Towers, batch: Batch, task: str) -> dict[str, Tensor]:
+        """Module path -> a learnt task's weight of each branch, [E], where it is the same for every input.
 
-        With the first-token gate and no noise the gate is a constant of task and module. Inside, every sample is answered
-        with that task's router; no routing context is needed.
-
-        Args:
-            batch: any batch whose prompts start with the template's first token; it is run once to read the gates.
-            task: a learnt task.
-
-        Raises:
-            ValueError: the gate depends on the sample, the task has no router, or the layers are merged already or quantised.
+        Arguments and what is raised: see `merged`.
         """
         if self.gate_input != "first":
             raise ValueError(
@@ -307,9 +298,26 @@ class BranchLoRA(MoELoRA):
         self.state.decided.clear()
         if gates.keys() != layers.keys():  # a merged layer does not ask its gate
             raise ValueError("the branches are merged already; leave the other context first")
+        return gates
+
+    @contextmanager
+    def merged(self, towers: Towers, batch: Batch, task: str) -> Iterator[None]:
+        """Context in which a learnt task's branches are part of the base weights: same answers, no adapter cost.
+
+        With the first-token gate and no noise the gate is a constant of task and module. Inside, every sample is answered
+        with that task's router; no routing context is needed.
+
+        Args:
+            batch: any batch whose prompts start with the template's first token; it is run once to read the gates.
+            task: a learnt task.
+
+        Raises:
+            ValueError: the gate depends on the sample, the task has no router, or the layers are merged already or quantised.
+        """
+        gates = self.fixed_gates(towers, batch, task)
         merged: list[AdapterLinear] = []
         try:
-            for path, layer in layers.items():
+            for path, layer in towers.adapters.items():
                 layer.merge(gates[path])
                 merged.append(layer)
             yield
