@@ -68,7 +68,7 @@ class StageCheckpoint(Checkpoint):
         due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved_at
         if window_complete and (due or stop_agreed(trainer)) and batch_idx + 1 < trainer.num_training_batches:
             self._save(trainer)
-        elif window_complete and trainer.global_step % trainer.log_every_n_steps == 0:
+        elif window_complete and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._refuse_nonfinite(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
