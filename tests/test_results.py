@@ -65,7 +65,7 @@ def test_a_file_of_an_older_version_loads(results, tmp_path):
     results.save(tmp_path)
     path = tmp_path / "results.json"
     values = json.loads(path.read_text())
-    for key in NEW:
+    for key in (*NEW, "sha256"):
         del values[key]
     for row in values["cost"]:
         for key in NEW_COST:
@@ -82,11 +82,22 @@ def test_a_file_of_a_newer_version_is_refused_by_the_name_of_the_key(results, tm
     path = tmp_path / "results.json"
     values = json.loads(path.read_text())
     values["cost"][1] |= {"watts": 3, "joules": 4}
+    del values["sha256"]
     path.write_text(json.dumps(values))
     expected = r"results\.json: cost: unknown key joules, watts; a newer version .* wrote the file.*overwrite=true"
     with pytest.raises(ValueError, match=expected) as error:
         Results.load(tmp_path)
     assert "damaged" not in str(error.value)
+
+
+def test_a_changed_digit_is_noticed(results, tmp_path):
+    results.save(tmp_path)
+    path = tmp_path / "results.json"
+    text = path.read_text()
+    place = next(i for i, character in enumerate(text) if character in "12345")
+    path.write_text(text[:place] + "6" + text[place + 1 :])
+    with pytest.raises(ValueError, match=r"results\.json is damaged.*does not match its sha256.*remove that key"):
+        Results.load(tmp_path)
 
 
 def test_csv_has_a_row_per_stage_and_empty_cells(results, tmp_path):

@@ -71,7 +71,9 @@ def read_checked_json(text: str) -> dict[str, Any]:
         raise ValueError("it holds no object")
     written = values.pop(CHECKSUM, None)
     if written is not None and written != _digest(values):
-        raise ValueError(f"its content does not match its {CHECKSUM}")
+        raise ValueError(
+            f"its content does not match its {CHECKSUM}; if you have changed it on purpose, remove that key"
+        )
     return values
 
 
