@@ -55,7 +55,7 @@ class OLoRA(TaskLoRA):
             output.parts["orthogonality"] = overlap
         if self.config.norm_weight:
             new = [table[stage.name] for layer in layers for table in (layer.lora_a, layer.lora_b)]
-            output.loss = output.loss + self.config.norm_weight * torch.stack([_norm(value) for value in new]).sum()
+            output.loss = output.loss + self.config.norm_weight * torch.stack([value.norm() for value in new]).sum()
         return output
 
     def overlap(self, layers: list[AdapterLinear], task: str) -> Tensor:
@@ -67,8 +67,3 @@ class OLoRA(TaskLoRA):
                 products = earlier @ layer.lora_a[task].T
             terms.append((products**2 if self.config.penalty == "squared" else products.abs()).sum())
         return torch.stack(terms).sum()
-
-
-def _norm(value: Tensor) -> Tensor:
-    """The Frobenius norm, whose gradient at zero is zero: a new B is zero."""
-    return torch.where(value.any(), value.norm(), value.sum())
