@@ -36,7 +36,7 @@ class OLoRAConfig(LoRAConfig):
 class OLoRA(TaskLoRA):
     """A LoRA per task, all summed; the rows of the new A are pushed to be orthogonal to those of every earlier A.
 
-        L = L_task + weight * sum over modules sum_{i < t} sum_{j, k} (A_i A_t^T)[j, k]^2        (section 3.2)
+        L = L_task + weight * sum over modules sum_{i < t} sum_{j, k} (A_i A_t^T)[j, k]^2
 
     The rows of A_i span the subspace in which task i reads its input, which stands for the gradients of that task. Nothing is
     left out. The projector is shared by all tasks and not protected: `backbone.train_projector=false` freezes it.
