@@ -47,7 +47,7 @@ class OnlineEWC(Sequential):
     """One LoRA (and the projector, if it trains) through all tasks, with one quadratic penalty for all tasks so far.
 
         L = L_task + weight / 2 * sum_j F*_j (theta_j - theta*_j)^2
-        F* <- gamma F* + F_task,    theta* <- theta               after each task (Schwarz et al., section 4)
+        F* <- gamma F* + F_task,    theta* <- theta               after each task (Schwarz et al.)
         F_task = 1/N sum_x (d log p(y | x) / d theta)^2           the diagonal of the Fisher information
 
     The gradient of each sample is squared for itself, summed over ranks. Left out: Progress & Compress's two networks, and

@@ -38,7 +38,7 @@ class LwFConfig(LoRAConfig):
 class LwF(Sequential):
     """One LoRA (and the projector, if it trains); on the new task's inputs it is to predict what it did before the task.
 
-        L = L_task + weight * KL(softmax(z_old / T) || softmax(z / T))        (Eq. 1-4)
+        L = L_task + weight * KL(softmax(z_old / T) || softmax(z / T))        (Eq. 1-3)
 
     z_old are the logits of a frozen copy of the tuned parameters, on the answer tokens of the batch, after the true prefix. The
     divergence differs from the paper's cross-entropy by a constant. Left out: a head of its own per task, and the warm-up of the

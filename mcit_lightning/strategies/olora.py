@@ -36,7 +36,7 @@ class OLoRAConfig(LoRAConfig):
 class OLoRA(TaskLoRA):
     """A LoRA per task, all summed; the rows of the new A are pushed to be orthogonal to those of every earlier A.
 
-        L = L_task + weight * sum over modules sum_{i < t} sum_{j, k} (A_i A_t^T)[j, k]^2        (section 3.2)
+        L = L_task + weight * sum over modules sum_{i < t} sum_{j, k} (A_i A_t^T)[j, k]^2
 
     The rows of A_i span the subspace in which task i reads its input, which stands for the gradients of that task. Nothing is
     left out. The projector is shared by all tasks and not protected: `backbone.train_projector=false` freezes it.
@@ -55,7 +55,7 @@ class OLoRA(TaskLoRA):
             output.parts["orthogonality"] = overlap
         if self.config.norm_weight:
             new = [table[stage.name] for layer in layers for table in (layer.lora_a, layer.lora_b)]
-            output.loss = output.loss + self.config.norm_weight * torch.stack([_norm(value) for value in new]).sum()
+            output.loss = output.loss + self.config.norm_weight * torch.stack([value.norm() for value in new]).sum()
         return output
 
     def overlap(self, layers: list[AdapterLinear], task: str) -> Tensor:
@@ -67,8 +67,3 @@ class OLoRA(TaskLoRA):
                 products = earlier @ layer.lora_a[task].T
             terms.append((products**2 if self.config.penalty == "squared" else products.abs()).sum())
         return torch.stack(terms).sum()
-
-
-def _norm(value: Tensor) -> Tensor:
-    """The Frobenius norm, whose gradient at zero is zero: a new B is zero."""
-    return torch.where(value.any(), value.norm(), value.sum())
