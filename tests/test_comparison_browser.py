@@ -57,10 +57,11 @@ document.title = JSON.stringify(found);
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two orders, five methods, one with a long name and two that end alike."""
+    """Two orders, six methods: one with a long name, one with a single seed, two that end alike."""
     root = make_sweep(tmp_path_factory.mktemp("sweep"), seeds=3, orders=2)
     for seed in range(3):
         make_run(root / f"a_method_with_a_very_long_name/seed{seed}", strategy="ewc", seed=seed, lost=45.0)
+    make_run(root / "one_seed/seed0", strategy="lwf", lost=12.5)
     picture = Image.new("RGB", (40, 30), "red")
     return comparison_page(compare_runs(*find_runs([root])), "Comparison", lambda run: lambda task, index: picture)[0]
 

@@ -15,6 +15,7 @@ from mcit_lightning.__main__ import main
 from mcit_lightning.comparison.find import find_runs
 from mcit_lightning.comparison.gallery import Gallery
 from mcit_lightning.comparison.grouping import compare_runs
+from mcit_lightning.comparison.heat import HeatCell, heat_map
 from mcit_lightning.comparison.methods import Comparison
 from mcit_lightning.comparison.page import comparison_page
 from mcit_lightning.comparison.raster import MARGIN, SCALE, rasterize
@@ -155,6 +156,14 @@ def test_questions_on_which_methods_end_apart_come_first() -> None:
     one, two = answers("10011", "10000"), answers("10111", "10110")
     assert choose([one, two]) == [3, 2, 0, 4], "the one that both lost before the one that none ever knew"
     assert choose([one, {}]) == []
+
+
+def test_a_matrix_of_tasks_with_long_names_is_numbered() -> None:
+    tasks = ["vizwiz_caption", "text_vqa"]
+    rows = [("before", [None, None]), *((task, [HeatCell(50.0, "x"), None]) for task in tasks)]
+    svg = heat_map(rows, tasks, title="x")
+    assert ">1<title>vizwiz_caption</title>" in svg and ">1 vizwiz_caption<" in svg and ">before<" in svg
+    assert ">text_vqa<title>" in heat_map(rows, ["flags", "text_vqa"], title="x"), "not where the names fit"
 
 
 def test_pictures_are_what_the_page_shows() -> None:

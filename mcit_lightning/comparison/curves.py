@@ -50,9 +50,13 @@ def curves_section(group: Group, gallery: Gallery) -> str:
     top = max(25, 25 * math.ceil(highest / 25))
     for column, task in enumerate(group.tasks):
         lines = [line for method in drawn if (line := _line(method, column, stages, band=bands)) is not None]
+        if not lines:
+            continue
         hints = [f"after stage {number} ({name})" for number, name in enumerate(group.tasks, start=1)]
         chart = _chart(gallery, f"order{group.number}/forgetting/{task}", lines, hints, top)
         charts.append(f"<div><h3>{escape(task)}</h3>{chart}</div>")
+    if not charts:
+        return ""
     spread = " Band: 95 % t-interval over the seeds." if bands and any(len(m.runs) > 1 for m in drawn) else ""
     return section(
         "Forgetting curves",

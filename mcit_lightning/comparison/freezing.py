@@ -16,7 +16,7 @@ def freezing_section(group: Group, gallery: Gallery) -> str:
     """Shares of the branches over all seeds, and maps of the first seed; empty if nothing froze."""
     parts = []
     for method in group.ranked():
-        if not all(run.results.freezing for run in method.runs):
+        if not all(run.results.freezing and run.results.modules for run in method.runs):
             continue
         first = method.runs[0].results
         name = f"order{group.number}/freezing/{method.name}"

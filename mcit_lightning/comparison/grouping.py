@@ -8,6 +8,8 @@ from mcit_lightning.comparison.methods import Comparison, Group, Method
 from mcit_lightning.registry import nearest
 from mcit_lightning.rundir import MAY_CHANGE
 
+NAMED = 6
+"""Runs and keys that a notice names at most."""
 OF_A_RUN = ("seed", "order", "name", *MAY_CHANGE)
 """Keys in which the runs of a method may differ."""
 OF_A_METHOD = ("strategy", "callbacks", "imports")
@@ -37,8 +39,15 @@ def compare_runs(runs: Sequence[Run], left_out: Sequence[str] = (), reference: s
     ]
     settings = _settings(named)
     if left_out:
-        notices.insert(0, f"Left out, as they are not finished or cannot be read: {'; '.join(left_out)}.")
-    notices = [*notices, *_group_notices(groups), *_seed_notices(groups), *_setting_notices(settings)]
+        more = f"; and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        notices.insert(0, f"Left out: {'; '.join(left_out[:NAMED])}{more}.")
+    notices = [
+        *notices,
+        *_group_notices(groups),
+        *_metric_notices(groups),
+        *_seed_notices(groups),
+        *_setting_notices(settings),
+    ]
     return Comparison(groups, _reference(groups, reference), notices, settings)
 
 
@@ -58,7 +67,7 @@ def _methods(runs: Sequence[Run]) -> tuple[dict[str, list[Run]], list[str]]:
             changed = _changed(lists[0][0].settings, own[0].settings)
             notices.append(
                 f"{name} ({number}) ({own[0].folder}, ...) is apart from {name} ({lists[0][0].folder}, ...), because its "
-                f"settings differ: {'; '.join(changed[:6])}{'; ...' if len(changed) > 6 else ''}."
+                f"settings differ: {'; '.join(changed[:NAMED])}{'; ...' if len(changed) > NAMED else ''}."
             )
     return methods, notices
 
@@ -108,6 +117,15 @@ def _group_notices(groups: list[Group]) -> list[str]:
         return [f"The runs are of {len(sets)} different task sets, which do not compare with each other: {listed}."]
     if len(groups) > 1:
         return [f"The {len(groups)} task orders are shown apart: nothing is averaged over orders."]
+    return []
+
+
+def _metric_notices(groups: list[Group]) -> list[str]:
+    for group in groups:
+        metrics = group.methods[0].runs[0].results.metrics
+        if len(set(metrics.values())) > 1:
+            listed = ", ".join(f"{task}: {metric}" for task, metric in metrics.items())
+            return [f"The means run over different metrics ({listed})."]
     return []
 
 

@@ -12,7 +12,7 @@ HEIGHT = 32.0
 """Height of a row."""
 SMALLEST, LARGEST = 50.0, 78.0
 """Least and largest width of a column."""
-NAMES = 15
+NAMES = 18
 """Characters of a row's name that are shown."""
 
 
@@ -41,6 +41,8 @@ def heat_map(
 ) -> str:
     """Draw the cells with the names of rows and columns.
 
+    Columns whose names have no room and stand for the same things as the rows are numbered, and so are those rows.
+
     Args:
         rows: name and cells from the top; None leaves a cell out.
         columns: names.
@@ -48,14 +50,21 @@ def heat_map(
         widest: largest width of a column, in CSS pixels.
         names: names for which there must be room on the left, so that maps beside each other look alike.
     """
-    shown = [shortened(name, NAMES) for name, _ in rows]
-    left = max(text_width(shortened(name, NAMES)) for name in (*shown, *names)) + 8
-    each = min(max([SMALLEST, *(text_width(name) + 8 for name in columns)]), widest)
+    numbers: dict[str, int] = {}
+    if any(text_width(name) + 8 > widest for name in columns) and any(name in columns for name, _ in rows):
+        numbers = {name: number for number, name in enumerate(columns, start=1)}
+
+    def label(name: str) -> str:
+        return shortened(f"{numbers[name]} {name}" if name in numbers else name, NAMES)
+
+    shown = [label(name) for name, _ in rows]
+    left = max(text_width(label(name)) for name in (*names, *(name for name, _ in rows))) + 8
+    each = SMALLEST if numbers else min(max([SMALLEST, *(text_width(name) + 8 for name in columns)]), widest)
     width, top = left + each * len(columns), 24.0
     height = top + HEIGHT * len(rows)
     parts = [f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" aria-label="{escape(title)}">']
     for number, column in enumerate(columns):
-        short = escape(shortened(column, int((each - 4) / text_width("x"))))
+        short = str(numbers[column]) if numbers else escape(shortened(column, int((each - 4) / text_width("x"))))
         parts.append(
             f'<text class="axis" x="{left + each * (number + 0.5):g}" y="{top - 8:g}" text-anchor="middle">{short}'
             f"<title>{escape(column)}</title></text>"

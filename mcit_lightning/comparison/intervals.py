@@ -54,7 +54,7 @@ def interval_plot(
     narrow = width < 600
     names = [f"{row.name} {row.note}".strip() for row in rows]
     left = 16.0 if narrow else min(LONGEST, max(map(text_width, names)) + 16)
-    right = max(text_width(_text(row, signed=signed)) for row in rows) + 12
+    right = max(text_width(_text(row, signed=signed)) for row in rows) + 20
     each = ROW + HEAD if narrow else ROW
     ends = [end for row in rows for end in (row.value.low, row.value.high, *row.value.values)]
     low, high = max(min(ends), limits[0]), min(max(ends), limits[1])

@@ -42,8 +42,10 @@ def placement_section(group: Group, gallery: Gallery) -> str:
     """Which module got an expert for which task, in how many seeds; empty without a method that has a budget."""
     parts = []
     for method in _budgeted(group):
+        if not (towers := tower_modules(method.runs[0].results)):
+            continue
         parts.append(f"<h3>{escape(method.name)}</h3>")
-        for modules in tower_modules(method.runs[0].results):
+        for modules in towers:
             drawn = _map(method, modules)
             name = f"order{group.number}/placement/{method.name}/{modules.tower}"
             about = f"{TOWER_NAMES[modules.tower]}. {columns_text(modules)}"

@@ -36,7 +36,7 @@ def share_bars(rows: Sequence[ShareRow], *, width: int, title: str) -> str:
         width: in CSS pixels.
         title: what a screen reader says.
     """
-    names = [shortened(row.name, 15) for row in rows]
+    names = [shortened(row.name, 18) for row in rows]
     left = max(map(text_width, names)) + 10
     right = max(text_width(row.text) for row in rows) + 12
     inner, height = width - left - right, ROW * len(rows)
