@@ -87,6 +87,8 @@ class _Run:
             self.directory.save()
         state.finished = True
         self.directory.save()
+        if self.module.tower_cache is not None and self.module.global_rank == 0:
+            self.module.tower_cache.store.clear()
         self.tensorboard.close()
         return self.module.results
 

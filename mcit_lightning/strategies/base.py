@@ -35,6 +35,9 @@ class ContinualStrategy(nn.Module):
     uses_all_parameters: bool = True
     """Every trainable parameter gets a gradient in every step. False makes DDP look for unused ones."""
 
+    compiles: ClassVar[bool] = True
+    """The decoder's layers can be compiled: no gate decides in Python, and no layer changes from batch to batch."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config

@@ -37,6 +37,7 @@ class DMoLE(ContinualStrategy):
 
     Config = DMoLEConfig
     config: DMoLEConfig
+    compiles = False
     uses_all_parameters = False  # a random or uniform expert may be where the loss does not reach
 
     def __init__(self, config: DMoLEConfig) -> None:
