@@ -28,8 +28,8 @@ def check_compile(backend: str, strategy: ContinualStrategy, name: str) -> None:
 def compile_decoder(towers: Towers, backend: str) -> None:
     """Compile each layer of the decoder by itself: layers of one form share the code.
 
-    Called when a stage's adapters are there. What earlier stages have compiled is forgotten: their layers had another form, and the
-    number of forms that are kept is limited.
+    Called when a stage's adapters are there. What earlier stages have compiled is forgotten: their layers had another form, and
+    the number of forms that are kept is limited.
     """
     torch.compiler.reset()
     for layer in decoder_layers(towers):

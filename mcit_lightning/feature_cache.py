@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,8 @@ class FeatureStore:
             return {}
         except (OSError, ValueError, SafetensorError) as error:
             logger.warning("%s: is damaged (%s); the picture's features are computed anew", path, error)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
             return {}
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
@@ -82,7 +83,8 @@ class FeatureStore:
             os.replace(temporary, path)
             self.size += DIGEST + len(content)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             self._close(f"{self.folder}: {error.strerror}")
 
     def clear(self) -> None:
