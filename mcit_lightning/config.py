@@ -71,10 +71,10 @@ class DataConfig:
     max_new_tokens: int = 32
     group_by_length: bool = True
     """Put samples of similar length into the same batch."""
-    feature_cache: Literal["off", "auto", "on"] = "off"
+    feature_cache: Literal["never", "auto", "always"] = "never"
     """Keep the vision tower's outputs of pictures that are seen again (test rows, and training rows where a task has several
     epochs) on the disk, in the run directory's `features`, until the run is finished. `auto`: unless the strategy adapts the
-    tower, or the model takes pictures in a form that does not allow it; `on` refuses then."""
+    tower, or the model takes pictures in a form that does not allow it; `always` refuses then."""
     feature_cache_gb: float = 10.0
     """Most GiB of it, over all processes."""
     limit_train: int | None = None

@@ -114,7 +114,7 @@ class MCITModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Before training: carry out the default plan if no callback decided one, and set what trains."""
-        if self.config.data.feature_cache != "off":
+        if self.config.data.feature_cache != "never":
             self._attach_cache()
         if stage != "fit":
             return
@@ -142,8 +142,8 @@ class MCITModule(L.LightningModule):
         """Keep the tower's outputs, where that is possible."""
         wanted = self.config.data.feature_cache
         reason = why_not(self.towers, getattr(self.strategy.config, "targets", {}))
-        if reason and wanted == "on":
-            raise ValueError(f"data.feature_cache: is 'on', but {reason}. Set it to auto or off")
+        if reason and wanted == "always":
+            raise ValueError(f"data.feature_cache: is 'always', but {reason}. Set it to auto or never")
         if not reason:
             limit = self.config.data.feature_cache_gb * 2**30 / self.trainer.world_size
             self.tower_cache = attach(self.towers, Path(self.trainer.default_root_dir).parent / "features", int(limit))
@@ -153,10 +153,10 @@ class MCITModule(L.LightningModule):
         if self.tower_cache is None or not again:
             return nullcontext()
         keys = batch.get("picture_keys")
-        if keys is None and any(batch["num_images"]) and self.config.data.feature_cache == "on":
+        if keys is None and any(batch["num_images"]) and self.config.data.feature_cache == "always":
             raise ValueError(
-                f"data.feature_cache: is 'on', but {type(self.model).__name__} does not take one picture or tile per row. Set "
-                "it to auto or off"
+                f"data.feature_cache: is 'always', but {type(self.model).__name__} does not take one picture or tile per row. Set "
+                "it to auto or never"
             )
         return self.tower_cache.pictures(keys)
 

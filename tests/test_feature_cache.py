@@ -101,7 +101,7 @@ def test_only_pictures_that_are_not_kept_run_through_the_tower(tmp_path: Path) -
 def test_a_run_with_the_cache_gives_the_same_results(
     experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run(experiment(tmp_path / "run", "data.feature_cache=on"))
+    run(experiment(tmp_path / "run", "data.feature_cache=always"))
     assert predictions(tmp_path / "run") == predictions(uninterrupted)
     for stage, weights in adapters(uninterrupted).items():
         for name, value in adapters(tmp_path / "run")[stage].items():
@@ -111,5 +111,5 @@ def test_a_run_with_the_cache_gives_the_same_results(
 
 def test_a_tower_that_adapts_is_not_cached(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
     adapted = "strategy={name: sequential, targets: {vision: [all-linear]}}"
-    with pytest.raises(ValueError, match=r"data\.feature_cache: is 'on', but the strategy adapts the vision tower"):
-        run(experiment(tmp_path / "run", adapted, "data.feature_cache=on"))
+    with pytest.raises(ValueError, match=r"data\.feature_cache: is 'always', but the strategy adapts the vision tower"):
+        run(experiment(tmp_path / "run", adapted, "data.feature_cache=always"))

@@ -67,7 +67,7 @@ class ContinualDataModule(L.LightningDataModule):
         # With very few rows a process may have none of one task; there are no collectives inside an evaluation loop.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.train_collator = TrainCollator(processor, config.prompt, max_length=config.data.max_length)
-        self.train_collator.keys = config.data.feature_cache != "off"
+        self.train_collator.keys = config.data.feature_cache != "never"
         self._index = 0
         self._explicit: list[str] | None = None
         self._splits: dict[tuple[str, Split], TaskSplit] = {}
