@@ -155,8 +155,8 @@ class MCITModule(L.LightningModule):
         keys = batch.get("picture_keys")
         if keys is None and any(batch["num_images"]) and self.config.data.feature_cache == "always":
             raise ValueError(
-                f"data.feature_cache: is 'always', but {type(self.model).__name__} does not take one picture or tile per row. Set "
-                "it to auto or never"
+                f"data.feature_cache: is 'always', but {type(self.model).__name__} does not take one picture or tile per row. "
+                "Set it to auto or never"
             )
         return self.tower_cache.pictures(keys)
 

@@ -99,9 +99,20 @@ def test_only_pictures_that_are_not_kept_run_through_the_tower(tmp_path: Path) -
 
 
 def test_a_run_with_the_cache_gives_the_same_results(
-    experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path
+    experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    kept: list[int] = []
+    clear = FeatureStore.clear
+
+    def count_and_clear(self: FeatureStore) -> None:
+        kept.append(len(list(self.folder.glob("*/*.st"))))
+        clear(self)
+
+    monkeypatch.setattr(FeatureStore, "clear", count_and_clear)
     run(experiment(tmp_path / "run", "data.feature_cache=always"))
+    assert kept == [
+        3 * 4 + 3 * 4 + 2 * 16
+    ]  # test and validation rows, and the training rows of two tasks with two epochs
     assert predictions(tmp_path / "run") == predictions(uninterrupted)
     for stage, weights in adapters(uninterrupted).items():
         for name, value in adapters(tmp_path / "run")[stage].items():
