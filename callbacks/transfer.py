@@ -99,10 +99,9 @@ class BackwardTransfer(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the predictions, enter the scores, and report."""
-        self._scores |= {
-            task: float(trainer.callback_metrics[f"test/{task}/{pl_module.results.metrics[task]}"])  # type: ignore[union-attr]
-            for task in self._rows
-        }
+        results: Results = pl_module.results  # type: ignore[assignment]
+        for task in self._rows:
+            self._scores[task] = float(trainer.callback_metrics[f"test/{task}/{results.metrics[task]}"])
         self._finish(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -48,7 +48,7 @@ def decoder_layers(towers: Towers) -> list[nn.Module]:
         ValueError: the decoder has no list of layers.
     """
     decoder = towers.model.get_submodule(towers.language)
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
     if not lists:
         raise ValueError(f"backbone.compile: {type(decoder).__name__} has no list of layers. Set it to null")
-    return list(max(lists, key=len))
+    return max(lists, key=len)

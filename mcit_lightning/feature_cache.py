@@ -161,7 +161,7 @@ class CachedTower(nn.Module):
         for index in self.layers if wants_layers else ():
             hidden[index] = stacked[f"layer{index}"]
         return BaseModelOutputWithPooling(
-            last_hidden_state=stacked.get("last"),  # type: ignore[arg-type]
+            last_hidden_state=stacked.get("last"),
             hidden_states=tuple(hidden) if wants_layers else None,  # type: ignore[arg-type]
         )
 
