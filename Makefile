@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install exp resume sweep verify test test-all lint format docs tb clean
+.PHONY: help install exp resume sweep verify test test-all bench lint format docs tb clean
 
 help:  ## Show this list
 	@echo "mcit_lightning: continual instruction tuning on PyTorch Lightning"
@@ -45,6 +45,9 @@ test: $(STAMP)  ## Fast tests
 
 test-all: $(STAMP)  ## All tests: several processes, building a wheel, GPU where there is one
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## Measure on this machine and write the table of docs/performance.md (15 minutes)
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: $(STAMP)  ## Style, format and types
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ Every benchmark is a process of its own, one after the other. The rows go betwee
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ratios import Row, machine
+from ratios import Row, machine, ratio_row
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "performance.md"
@@ -27,7 +28,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "growth": ["--rounds", "5", "--layers", "4"],
     "boundaries": ["--rounds", "3"],
     "adapters": ["--rounds", "15", "--shapes", "smollm2"],
-    "dmole": ["--rounds", "3"],
+    "dmole": ["--rounds", "5", "--divide", "2"],
 }
 """Script and its arguments, to take less than 15 minutes together on two cores."""
 
@@ -63,38 +64,48 @@ def run(name: str, options: argparse.Namespace) -> None:
         SystemExit: it failed.
     """
     command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name], "--json", str(options.out / f"{name}.json")]
-    if options.threads:
-        command += ["--threads", str(options.threads)]
-    if options.cpu_time and name not in ("boundaries", "dmole"):  # which measure processes, or have no such option
+    if options.cpu_time and name not in ("boundaries", "dmole"):  # which measures processes, and has a table of its own
         command += ["--cpu-time"]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})}
     sys.stdout.write(f"$ {' '.join(['python', f'benchmarks/{name}.py', *command[2:]])}\n")
     sys.stdout.flush()
-    if subprocess.run(command, check=False).returncode:
+    if subprocess.run(command, check=False, env=environment).returncode:
         raise SystemExit(f"{name} failed; {options.page} is left as it is")
 
 
 def rows_of(path: Path) -> list[Row]:
     """The rows of a benchmark's JSON file. Two benchmarks have tables of their own form."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: Any = json.loads(path.read_text(encoding="utf-8"))
     if path.stem == "adapters":
-        return [row for entry in content["rows"] if entry["adapter"] != "lora" for row in _adapter_rows(entry)]
+        equal = next((entry["peak_bytes"] for entry in content["rows"] if entry["adapter"] == "lora-equal"), None)
+        return [row for entry in content["rows"] if entry["adapter"] != "lora" for row in _adapter_rows(entry, equal)]
     if path.stem == "dmole":
-        return [row for entry in content["rows"] for row in _dmole_rows(entry)]
+        return [row for entry in content for row in _dmole_rows(entry)]
     return [Row(**row) for row in content["rows"]]
 
 
-def _adapter_rows(entry: dict[str, Any]) -> list[Row]:
-    rows = []
+def _adapter_rows(entry: dict[str, Any], equal: float | None) -> list[Row]:
+    """Rows of one kind of adapter; `equal` is the peak memory of plain LoRA with as many parameters as BranchLoRA."""
+    rows, name = [], f"adapter layer {entry['adapter']}"
     for kind, title in (("step", "training step"), ("decode", "decode step")):
         low, high = entry[f"{kind}_spread"]
-        what = f"adapter layer {entry['adapter']}: {title}"
-        rows.append(Row(what, "LoRA of equal rank", entry[kind], low, high, entry.get(f"{kind}_seconds")))
+        rows.append(Row(f"{name}: {title}", "LoRA of equal rank", entry[kind], low, high, entry[f"{kind}_seconds"]))
+    if equal is not None and entry["adapter"] == "branchlora":
+        ratio = entry["peak_bytes"] / equal
+        rows.append(
+            Row(f"{name}: peak memory", "LoRA of equal trainable parameters", ratio, ratio, ratio, target="<= 1.05")
+        )
     return rows
 
 
 def _dmole_rows(entry: dict[str, Any]) -> list[Row]:
-    low, high = entry["spread"]
-    return [Row(f"dmole: {entry['what']} ({entry['shape']})", "a training step", entry["ratio"], low, high)]
+    samples: dict[str, list[float]] = entry["seconds"]
+    base = "training step"
+    return [
+        ratio_row(name, base, samples, name=f"dmole: {name}, per sample", base="a sample's training step")
+        for name in samples
+        if name != base
+    ]
 
 
 def write_page(page: Path, rows: dict[str, list[Row]], options: argparse.Namespace) -> None:

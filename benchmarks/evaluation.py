@@ -37,15 +37,15 @@ class Sequence:
     def __init__(self, folder: Path, strategy: str, clock: Callable[[], float]) -> None:
         self.folder, self.strategy, self.clock, self.answers = folder, strategy, clock, Answers()
 
-    def config(self, out: Path) -> ExperimentConfig:
+    def config(self, out: Path, *overrides: str) -> ExperimentConfig:
         """Three tasks, all evaluated after each that is trained."""
-        return workload.experiment(self.folder, out, f"strategy={self.strategy}", "data.limit_train=8")
+        return workload.experiment(self.folder, out, f"strategy={self.strategy}", "data.limit_train=8", *overrides)
 
-    def framework(self) -> float:
+    def framework(self, *overrides: str) -> float:
         """Seconds of all evaluations of a run."""
         workload.CLOCK[0] = self.clock
         out = self.folder / "run"
-        config = self.config(out)
+        config = self.config(out, *overrides)
         config.overwrite = True
         workload.quiet_run(config)
         for row in range(len(config.order)):
@@ -105,6 +105,7 @@ def measure(options: argparse.Namespace) -> None:
         sequence.framework()  # leaves the checkpoints that the others read
         variants = {
             "framework": sequence.framework,
+            "framework, features kept": lambda: sequence.framework("data.feature_cache=always"),
             "one by one, reloading": lambda: sequence.one_by_one(reference, reload=True),
             "one by one": lambda: sequence.one_by_one(reference, reload=False),
         }
@@ -128,6 +129,14 @@ def measure(options: argparse.Namespace) -> None:
             invert=True,
             name="evaluation throughput, 3 tasks",
             base="batch size 1, model loaded once",
+        ),
+        ratio_row(
+            "framework",
+            "framework, features kept",
+            samples,
+            name="evaluation, 3 tasks",
+            base="with data.feature_cache=always",
+            note="above 1: the cache pays",
         ),
     ]
     report(f"evaluation, {options.layers} decoder layers, {options.rows} rows a task, 6 cells", rows, options)

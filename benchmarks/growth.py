@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import workload
+import yaml
 from ratios import Row, in_turn, parser, prepare, ratio_row, report
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -43,9 +44,9 @@ class Learnt:
     """A model with so many tasks, at the start of the last one's training."""
 
     def __init__(self, folder: Path, strategy: str, tasks: int) -> None:
-        config = workload.experiment(folder, folder / "unused", f"strategy={strategy}", callbacks=NEEDED)
+        config = workload.experiment(folder, folder / "unused")
         self.backbone: Backbone = load_backbone(config.backbone)
-        self.strategy: ContinualStrategy = build_strategy(config.strategy)
+        self.strategy: ContinualStrategy = build_strategy(yaml.safe_load(strategy))
         self.stage: Stage = STAGES[tasks - 1]
         stream = ContinualDataModule(config, self.backbone.processor, sequential_stages(config.order))
         self.strategy.check(self.backbone.towers, STAGES)
@@ -96,12 +97,6 @@ class Learnt:
         batch = {key: value for key, value in self.test_batch.items() if key != "index"}  # nothing is remembered
         with torch.no_grad(), self.strategy.routing(self.towers, batch, None):
             generate_tokens(self.model, batch["inputs"], 5, end_id=-1)
-
-
-NEEDED = "".join(
-    f"{{_target_: callbacks.{name}}}, "
-    for name in ("GradientProbe", "CurriculumRatio", "BudgetReallocation", "RouterSpawn")
-)
 
 
 def timed(clock: Callable[[], float], run: Callable[[], None], repeats: int) -> float:

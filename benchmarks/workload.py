@@ -98,12 +98,8 @@ def _task(name: str, train: int, test: int) -> Task:
     return Task(name, splits, source="noise", licence="none needed", unseen="drawn later")
 
 
-def experiment(folder: Path, out: Path, *overrides: str, callbacks: str = "") -> ExperimentConfig:
-    """A run over the tasks of `build`, with the callbacks that every experiment has and `Clock`.
-
-    Args:
-        callbacks: more of them, as YAML list items, before the others.
-    """
+def experiment(folder: Path, out: Path, *overrides: str) -> ExperimentConfig:
+    """A run over the tasks of `build`, with the callbacks that every experiment has and `Clock`."""
     listed = ("StageCost", "BackwardTransfer")
     names = ", ".join(f"{{_target_: callbacks.{name}}}" for name in listed)
     common = [
@@ -120,7 +116,7 @@ def experiment(folder: Path, out: Path, *overrides: str, callbacks: str = "") ->
         "trainer.devices=1",
         "trainer.enable_progress_bar=false",
         "trainer.log_every_n_steps=10",
-        f"callbacks=[{callbacks}{names}, {{_target_: workload.Clock}}, {{_target_: callbacks.StageCheckpoint}}]",
+        f"callbacks=[{names}, {{_target_: workload.Clock}}, {{_target_: callbacks.StageCheckpoint}}]",
     ]
     return load_config(experiments_dir() / "smoke.yaml", [*common, *overrides])
 

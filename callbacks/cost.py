@@ -41,8 +41,7 @@ class StageCost(L.Callback):
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
         self._since = time.perf_counter()
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._window = deque([(self._since, 0)], maxlen=max(1, every) + 1)
+        self._window = deque([(self._since, 0)], maxlen=max(1, trainer.log_every_n_steps) + 1)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

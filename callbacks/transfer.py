@@ -99,9 +99,9 @@ class BackwardTransfer(L.Callback):
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the predictions, enter the scores, and report."""
-        metrics: dict[str, str] = pl_module.results.metrics  # type: ignore[union-attr,assignment]
+        results: Results = pl_module.results  # type: ignore[assignment]
         for task in self._rows:
-            self._scores[task] = float(trainer.callback_metrics[f"test/{task}/{metrics[task]}"])
+            self._scores[task] = float(trainer.callback_metrics[f"test/{task}/{results.metrics[task]}"])
         self._finish(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -24,6 +24,8 @@ class BackboneConfig:
     """`sdpa`, `eager`, `flash_attention_2`, ...; None leaves the choice to transformers."""
     activation_checkpointing: bool = False
     """Recompute activations of the decoder (and of an adapted vision tower) in the backward pass."""
+    compile: str | None = None
+    """Backend of `torch.compile` for the decoder's layers in training, for example `inductor`; None computes without."""
     train_projector: bool = True
     """Tune the projector between the towers together with the adapters."""
     projector: str | None = None
@@ -76,6 +78,12 @@ class DataConfig:
     """Longest answer, in tokens, where the task names none."""
     group_by_length: bool = True
     """Put samples of similar length into the same batch."""
+    feature_cache: Literal["never", "auto", "always"] = "never"
+    """Keep the vision tower's outputs of pictures that are seen again (test rows, and training rows where a task has several
+    epochs) on the disk, in the run directory's `features`, until the run is finished. `auto`: unless the strategy adapts the
+    tower, or the model takes pictures in a form that does not allow it; `always` refuses then."""
+    feature_cache_gb: float = 10.0
+    """Most GiB of it, over all processes."""
     limit_train: int | None = None
     """Use at most this many rows of each task's training split (a seeded sample)."""
     limit_val: int | None = None

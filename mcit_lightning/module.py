@@ -2,6 +2,8 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,9 +12,11 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from mcit_lightning.backbone import Backbone
+from mcit_lightning.compilation import compile_decoder, eagerly
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.evaluation.metrics import AnswerMetric, task_metric
 from mcit_lightning.evaluation.results import Results
+from mcit_lightning.feature_cache import CachedTower, attach, why_not
 from mcit_lightning.generation import generate_answers
 from mcit_lightning.loss import Batch
 from mcit_lightning.optimization import build_optimizer, build_schedule
@@ -52,6 +56,7 @@ class MCITModule(L.LightningModule):
         self._replayed: set[str] = set()
         self.eval_cost = _nothing_spent()
         self.answer_metrics: dict[str, AnswerMetric] = {}
+        self.tower_cache: CachedTower | None = None
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
         strategy.seed, strategy.tunes_projector = config.seed, config.backbone.train_projector
         if config.backbone.train_projector:
@@ -109,6 +114,8 @@ class MCITModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Before training: carry out the default plan if no callback decided one, and set what trains."""
+        if self.config.data.feature_cache != "never":
+            self._attach_cache()
         if stage != "fit":
             return
         if self.structure.plan(self.stage.name) is None:
@@ -123,11 +130,35 @@ class MCITModule(L.LightningModule):
             )
         for parameter in trained:
             parameter.requires_grad_(True)
+        if self.config.backbone.compile is not None:
+            compile_decoder(self.towers, self.config.backbone.compile)
         if self.global_rank == 0:
             plan = self.structure.plan(self.stage.name)
             if plan is not None and plan.ranks:
                 logger.info("adapters from stage %s on:\n%s", self.stage.name, self.towers.describe())
             logger.info("stage %s trains %s parameters", self.stage.name, f"{sum(p.numel() for p in trained):,}")
+
+    def _attach_cache(self) -> None:
+        """Keep the tower's outputs, where that is possible."""
+        wanted = self.config.data.feature_cache
+        reason = why_not(self.towers, getattr(self.strategy.config, "targets", {}))
+        if reason and wanted == "always":
+            raise ValueError(f"data.feature_cache: is 'always', but {reason}. Set it to auto or never")
+        if not reason:
+            limit = self.config.data.feature_cache_gb * 2**30 / self.trainer.world_size
+            self.tower_cache = attach(self.towers, Path(self.trainer.default_root_dir).parent / "features", int(limit))
+
+    def _pictures(self, batch: Batch, *, again: bool = True) -> AbstractContextManager[None]:
+        """Context in which pictures that are seen again come from the cache, if there is one."""
+        if self.tower_cache is None or not again:
+            return nullcontext()
+        keys = batch.get("picture_keys")
+        if keys is None and any(batch["num_images"]) and self.config.data.feature_cache == "always":
+            raise ValueError(
+                f"data.feature_cache: is 'always', but {type(self.model).__name__} does not take one picture or tile per row. "
+                "Set it to auto or never"
+            )
+        return self.tower_cache.pictures(keys)
 
     # ------------------------------------------------------------------------------------------------------------- training
 
@@ -139,7 +170,8 @@ class MCITModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of one micro-batch, [] (a scalar)."""
-        with self.strategy.routing(self.towers, batch, self.stage.name):
+        again = (self.trainer.max_epochs or 1) > 1
+        with self._pictures(batch, again=again), self.strategy.routing(self.towers, batch, self.stage.name):
             output = self.strategy.loss(self.model, batch, self.stage)
         if not output.loss.requires_grad:  # nothing in this batch reaches a trained parameter, for example no image
             trained = (parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
@@ -168,7 +200,7 @@ class MCITModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Validation loss of the stage's tasks."""
-        with self.strategy.routing(self.towers, batch, self.stage.name):
+        with self._pictures(batch), self.strategy.routing(self.towers, batch, self.stage.name):
             output = self.strategy.loss(self.model, batch, self.stage)
         self.log(
             "val/loss",
@@ -221,10 +253,11 @@ class MCITModule(L.LightningModule):
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         end_id = stream.train_collator.encoder.end_id
         began, examined = self._clock(), self.strategy.samples_examined
-        with self.strategy.routing(self.towers, batch, None), self.towers.generating():
+        with self._pictures(batch), self.strategy.routing(self.towers, batch, None), self.towers.generating():
             routed_at = self._clock()
             least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
-            texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
+            with eagerly(self.config.backbone.compile):
+                texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
         self.eval_cost["routing"] += routed_at - began
         if examined := self.strategy.samples_examined - examined:
             self.eval_cost["first_routing"] += routed_at - began

@@ -28,6 +28,7 @@ OWN_FILES = (
     "report.html",
     "predictions",
     "tensorboard",
+    "features",
 )
 MAY_CHANGE = (
     "out",

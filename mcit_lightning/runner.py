@@ -98,6 +98,8 @@ class _Run:
             STOP.check()
         state.finished = True
         self.directory.save()
+        if self.module.tower_cache is not None and self.module.global_rank == 0:
+            self.module.tower_cache.store.clear()
         self.tensorboard.close()
         return self.module.results
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mcit_lightning.aliases import check_aliases
+from mcit_lightning.compilation import check_compile
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.evaluation.metrics import check_metric
 from mcit_lightning.instantiate import check_arguments, split_node
@@ -51,7 +52,10 @@ def validate(config: ExperimentConfig, source: str) -> None:
     try:
         _tasks(config)
         _ranges(config)
-        _callbacks(config, build_strategy(config.strategy))
+        strategy = build_strategy(config.strategy)
+        _callbacks(config, strategy)
+        if config.backbone.compile is not None:
+            check_compile(config.backbone.compile, strategy, config.strategy["name"])
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))
@@ -145,6 +149,7 @@ def _ranges(config: ExperimentConfig) -> None:
         "data.eval_batch_size": config.data.eval_batch_size,
         "data.max_length": config.data.max_length,
         "data.max_new_tokens": config.data.max_new_tokens,
+        "data.feature_cache_gb": config.data.feature_cache_gb,
         "data.limit_train": config.data.limit_train,
         "data.limit_val": config.data.limit_val,
         "data.limit_test": config.data.limit_test,

@@ -9,6 +9,7 @@ from torch import Tensor
 from mcit_lightning.config import PromptConfig
 from mcit_lightning.data.encode import Encoder
 from mcit_lightning.data.records import Sample, Turns
+from mcit_lightning.feature_cache import picture_keys
 
 SampleReader = Callable[[Sequence[Sample], Sequence[Turns]], dict[str, Tensor]]
 """Makes tensors of samples and the turns that the model sees of them, beside the model's own inputs."""
@@ -49,6 +50,8 @@ class TrainCollator:
     """
 
     reader: SampleReader | None = None
+    keys = False
+    """Add `picture_keys` (see `mcit_lightning.feature_cache`)."""
 
     def __init__(self, processor: Any, prompt: PromptConfig, *, max_length: int) -> None:
         self.encoder = Encoder(processor, prompt)
@@ -79,6 +82,7 @@ class TrainCollator:
             "shortened": cut.count("shortened"),
             "dropped": cut.count("dropped"),
             "cut": cut,
+            **({"picture_keys": picture_keys(others)} if self.keys else {}),
             **_read(self.reader, samples, [sample.turns for sample in samples]),
         }
 
@@ -98,6 +102,7 @@ class EvalCollator:
     """
 
     reader: SampleReader | None = None
+    keys = False
 
     def __init__(self, processor: Any, prompt: PromptConfig, *, suffix: str = "") -> None:
         self.encoder = Encoder(processor, prompt)
@@ -116,6 +121,7 @@ class EvalCollator:
             "prompt": [sample.turns[-1][1] for sample in samples],
             "reference": [sample.reference for sample in samples],
             "extra": [sample.extra for sample in samples],
+            **({"picture_keys": picture_keys(others)} if self.keys else {}),
             **_read(self.reader, samples, turns),
         }
 

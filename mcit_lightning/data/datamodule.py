@@ -77,6 +77,7 @@ class ContinualDataModule(L.LightningDataModule):
         # With very few rows a process may have none of one task; there are no collectives inside an evaluation loop.
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.train_collator = TrainCollator(processor, config.prompt, max_length=config.data.max_length)
+        self.train_collator.keys = config.data.feature_cache != "never"
         self._index = 0
         self._explicit: list[str] | None = None
         self.replay: Callable[[Stage, Mapping[str, int]], Replay] | None = None
@@ -230,7 +231,7 @@ class ContinualDataModule(L.LightningDataModule):
             suffix = self.config.prompt.suffix if own is None else own
             split = self._splits[task, "test"]
             collator = EvalCollator(self.processor, self.config.prompt, suffix=suffix)
-            collator.reader = self.train_collator.reader
+            collator.reader, collator.keys = self.train_collator.reader, self.train_collator.keys
             loaders.append(self._eval_loader(split, split.lengths, collator))
         return loaders
 

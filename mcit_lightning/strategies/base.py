@@ -38,6 +38,9 @@ class ContinualStrategy(nn.Module):
     review_batch_size: ClassVar[int | None] = None
     """Samples per batch in `review`; None for the stage's."""
 
+    compiles: ClassVar[bool] = True
+    """The decoder's layers can be compiled: no gate decides in Python, and no layer changes from batch to batch."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config

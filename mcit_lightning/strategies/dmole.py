@@ -36,6 +36,7 @@ class DMoLE(ContinualStrategy):
 
     Config = DMoLEConfig
     config: DMoLEConfig
+    compiles = False
     uses_all_parameters = False  # a random or uniform expert may be where the loss does not reach
 
     def __init__(self, config: DMoLEConfig) -> None:

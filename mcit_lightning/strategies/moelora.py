@@ -45,6 +45,7 @@ class MoELoRA(ContinualStrategy):
 
     Config = MoELoRAConfig
     config: MoELoRAConfig
+    compiles = False
     state: GateState | None = None
     top_k: int | None = None
     renormalize = True

@@ -1,0 +1,54 @@
+"""`torch.compile` of the decoder's layers, for strategies whose adapters do not decide anything in Python."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from mcit_lightning.strategies import ContinualStrategy
+from mcit_lightning.towers import Towers
+
+
+def check_compile(backend: str, strategy: ContinualStrategy, name: str) -> None:
+    """Refuse what cannot be compiled.
+
+    Raises:
+        ValueError: there is no such backend, or the strategy routes samples inside of the layers.
+    """
+    known = torch.compiler.list_backends()
+    if backend not in known and backend not in ("eager", "aot_eager"):
+        raise ValueError(f"backbone.compile: no backend {backend!r}. Known: {', '.join(known)}; or null for none")
+    if not strategy.compiles:
+        raise ValueError(
+            f"backbone.compile: strategy {name!r} decides in Python, for every batch, which branches a layer computes, so its "
+            "layers would be compiled again and again. Set it to null"
+        )
+
+
+def compile_decoder(towers: Towers, backend: str) -> None:
+    """Compile each layer of the decoder by itself: layers of one form share the code.
+
+    Called when a stage's adapters are there. What earlier stages have compiled is forgotten: their layers had another form, and
+    the number of forms that are kept is limited.
+    """
+    torch.compiler.reset()
+    for layer in decoder_layers(towers):
+        layer.compile(backend=backend, dynamic=True)
+
+
+def eagerly(backend: str | None) -> AbstractContextManager[None]:
+    """Context in which compiled layers are computed as if they were not: a generation would compile every length anew."""
+    return nullcontext() if backend is None else torch.compiler.set_stance("force_eager")
+
+
+def decoder_layers(towers: Towers) -> list[nn.Module]:
+    """The layers of the language model.
+
+    Raises:
+        ValueError: the decoder has no list of layers.
+    """
+    decoder = towers.model.get_submodule(towers.language)
+    lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"backbone.compile: {type(decoder).__name__} has no list of layers. Set it to null")
+    return max(lists, key=len)

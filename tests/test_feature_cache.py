@@ -1,0 +1,132 @@
+"""The vision tower's outputs on the disk: same results, fewer passes, and no harm from damaged files or a full disk."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from smoke_runs import adapters, predictions
+from torch import nn
+
+from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.feature_cache import CachedTower, FeatureStore, picture_keys
+from mcit_lightning.runner import run
+
+TENSORS = {"last": torch.arange(6.0).reshape(2, 3), "layer-2": torch.ones(2, 3, dtype=torch.bfloat16)}
+
+
+def test_what_was_put_is_got_back_in_its_type(tmp_path: Path) -> None:
+    store = FeatureStore(tmp_path / "features", 2**20)
+    assert store.get("aa00") == {}
+    store.put("aa00", TENSORS)
+    found = FeatureStore(tmp_path / "features", 2**20).get("aa00")
+    assert found.keys() == TENSORS.keys()
+    for name, value in TENSORS.items():
+        assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+    store.clear()
+    assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_file_is_computed_anew(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = FeatureStore(tmp_path, 2**20)
+    store.put("aa00", TENSORS)
+    (file,) = tmp_path.glob("*/*.st")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes({"cut": bytes(content[:40]), "flipped": bytes(content), "empty": b""}[damage])
+    assert store.get("aa00") == {} and str(file) in caplog.text and not file.exists()
+
+
+def test_nothing_is_written_beyond_the_limit_or_to_a_full_disk(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = FeatureStore(tmp_path / "a", 500)
+    for key in ("aa", "bb", "cc", "dd"):
+        store.put(key, TENSORS)
+    assert store.size <= 500 and 1 <= len(list((tmp_path / "a").glob("*/*"))) < 4
+    assert caplog.text.count("no more picture features") == 1 and "feature_cache_gb" in caplog.text
+    (tmp_path / "b").write_text("a file where the folder should be")
+    broken = FeatureStore(tmp_path / "b", 2**20)
+    broken.put("aa", TENSORS)
+    assert str(tmp_path / "b") in caplog.text
+
+
+def test_keys_tell_pictures_and_preprocessing_apart() -> None:
+    pictures = torch.rand(3, 3, 4, 4)
+    pictures[2] = pictures[0]
+    keys = picture_keys({"pixel_values": pictures})
+    assert keys is not None and keys[0] == keys[2] != keys[1]
+    assert keys != picture_keys({"pixel_values": pictures * 2})
+    assert picture_keys({}) is None and picture_keys({"pixel_values": pictures[None]}) is None
+
+
+class Tower(nn.Module):
+    """Counts what it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+        self.config = type("Config", (), {"num_hidden_layers": 2})()
+        self.seen: list[int] = []
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: Any = None) -> Any:
+        self.seen.append(len(pixel_values))
+        hidden = [pixel_values.flatten(2).mean(-1, keepdim=True) + layer for layer in range(3)]
+        return type("Output", (), {"last_hidden_state": 10 * hidden[2], "hidden_states": tuple(hidden)})()
+
+
+def test_only_pictures_that_are_not_kept_run_through_the_tower(tmp_path: Path) -> None:
+    tower = Tower()
+    cached = CachedTower(tower, FeatureStore(tmp_path, 2**20), [-2])
+    pixels = torch.rand(4, 3, 2, 2)
+    keys = picture_keys({"pixel_values": pixels})
+    assert keys is not None
+    expected = tower(pixels).hidden_states[-2]
+    tower.seen.clear()
+    for rows, passes in (([0, 1], [2]), ([1, 2, 0], [1]), ([2, 1], [])):
+        with cached.pictures([keys[row] for row in rows]):
+            hidden = cached(pixels[rows], output_hidden_states=-2).hidden_states[-2]
+        assert torch.equal(hidden, expected[rows]) and tower.seen == passes
+        tower.seen.clear()
+    with cached.pictures(keys[:2]):  # another output of the same pictures
+        assert torch.equal(cached(pixels[:2]).last_hidden_state, tower(pixels[:2]).last_hidden_state)
+        tower.seen.clear()
+        assert torch.equal(cached(pixels[:2], output_hidden_states=-2).hidden_states[-2], expected[:2])
+    cached(pixels)  # outside of the context
+    assert tower.seen == [4]
+
+
+def answers(root: Path) -> dict[str, list[tuple[str, float]]]:
+    rows = {name: [json.loads(line) for line in text.splitlines()] for name, text in predictions(root).items()}
+    return {name: [(row["text"], row["score"]) for row in found] for name, found in rows.items()}
+
+
+def test_a_run_with_the_cache_gives_the_same_results(
+    experiment: Callable[..., ExperimentConfig], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    clear = FeatureStore.clear
+
+    def count_and_clear(self: FeatureStore) -> None:
+        kept.append(len(list(self.folder.glob("*/*.st"))))
+        clear(self)
+
+    monkeypatch.setattr(FeatureStore, "clear", count_and_clear)
+    run(experiment(tmp_path / "run", "data.feature_cache=always"))
+    assert kept == [
+        3 * 4 + 3 * 4 + 2 * 16
+    ]  # test and validation rows, and the training rows of two tasks with two epochs
+    assert answers(tmp_path / "run") == answers(uninterrupted)
+    for stage, weights in adapters(uninterrupted).items():
+        for name, value in adapters(tmp_path / "run")[stage].items():
+            torch.testing.assert_close(value, weights[name], atol=1e-4, rtol=1e-3)
+    assert not (tmp_path / "run/features").exists()
+
+
+def test_a_tower_that_adapts_is_not_cached(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
+    adapted = "strategy={name: sequential, targets: {vision: [all-linear]}}"
+    with pytest.raises(ValueError, match=r"data\.feature_cache: is 'always', but the strategy adapts the vision tower"):
+        run(experiment(tmp_path / "run", adapted, "data.feature_cache=always"))
