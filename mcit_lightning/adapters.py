@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Gate = Tensor | Callable[[Tensor], Tensor] | None
 """Weights of the branches: [E] for all inputs, [B, E] per sample, [B, S, E] per token, a function of the layer's input that
@@ -133,12 +134,14 @@ class AdapterLinear(nn.Module):
             gate: [E], or None for weight one everywhere.
 
         Raises:
-            ValueError: the layer is merged already, or its base is quantised.
+            ValueError: the layer is merged already, or its base is quantised or spread over processes.
         """
         if self._unmerged:
             raise ValueError("the layer is merged already; unmerge it first")
         if not self.base.weight.is_floating_point():
             raise ValueError("a quantised base cannot be merged with its branches")
+        if isinstance(self.base.weight, DTensor):
+            raise ValueError("a base that is spread over processes (fsdp2) cannot be merged with its branches")
         a = _concatenate(list(self.lora_a.values()), 0).index_select(0, self.trunk_columns)
         b = _concatenate(list(self.lora_b.values()), 1)
         if gate is not None:

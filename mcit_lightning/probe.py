@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mcit_lightning.loss import Batch, sample_losses
+from mcit_lightning.sharding import lockstep
 from mcit_lightning.towers import Towers
 
 
@@ -60,9 +62,9 @@ def gradient_scores(
             parameter.requires_grad_(True)
             hooks.append(parameter.register_post_accumulate_grad_hook(_collect(sums, key, offload)))
         with towers.pretrained():
-            for batch in batches:
+            for batch, counts in lockstep(batches, towers):
                 with context():
-                    loss = sample_losses(towers.model, batch).sum() / samples
+                    loss = sample_losses(towers.model, batch).sum() * (counts / samples)
                 if loss.requires_grad:
                     loss.backward()
     finally:
@@ -76,8 +78,12 @@ def gradient_scores(
     for key, parameter in parameters.items():
         # a process without a sample, or a tower that no sample reached, has no gradient but takes part in the sum
         total = sums.pop(key, None)
-        total = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total.to(parameter.device)
-        scores[key[0]] += float(reduce(total).norm())
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        total = torch.zeros_like(own, dtype=torch.float32) if total is None else total.to(own.device)
+        if isinstance(parameter, DTensor):  # each process has a slice of the mean over them
+            scores[key[0]] += parameter.device_mesh.size() * float(reduce(total.square().sum()).sqrt())
+        else:
+            scores[key[0]] += float(reduce(total).norm())
     return scores
 
 
@@ -86,7 +92,8 @@ def _collect(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], offload:
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.to("cpu" if offload else parameter.device, torch.float32)
+        own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        gradient = own.to("cpu" if offload else own.device, torch.float32)
         parameter.grad = None
         if key in sums:
             sums[key] += gradient

@@ -16,9 +16,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from mcit_lightning.backbone import load_backbone
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
-from mcit_lightning.engine import build_engine, resolve_precision
+from mcit_lightning.engine import engine_arguments, resolve_precision
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
+from mcit_lightning.launch import check_launch, rank_zero_first
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
 from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory, read_checkpoint
@@ -38,7 +39,9 @@ def run(config: ExperimentConfig) -> Results:
         ValueError: bad input of any kind; names file, key, value and remedy.
         OSError: the run directory cannot be written.
     """
-    directory = RunDirectory(config)
+    check_launch(config.trainer)
+    with rank_zero_first():  # it may delete an old run that the others must not read
+        directory = RunDirectory(config)
     try:
         return _Run(config, directory).execute()
     except OSError as error:
@@ -161,7 +164,7 @@ class _Run:
                 "enable_model_summary": False,
                 **self.config.trainer,
                 "precision": self.precision,
-                "strategy": build_engine(self.config.trainer, find_unused=self.find_unused),
+                **engine_arguments(self.config.trainer, find_unused=self.find_unused),
             }
             if arguments.get("enable_progress_bar") is False:
                 callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
