@@ -92,8 +92,9 @@ def _collect(sums: dict[tuple[str, str], Tensor], key: tuple[str, str], offload:
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
+        sharded = isinstance(parameter.grad, DTensor)  # FSDP2 uses the memory of its gradients again
         own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-        gradient = own.to("cpu" if offload else own.device, torch.float32)
+        gradient = own.to("cpu" if offload else own.device, torch.float32, copy=sharded)
         parameter.grad = None
         if key in sums:
             sums[key] += gradient

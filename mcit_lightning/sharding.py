@@ -58,9 +58,12 @@ def shard_decoder(towers: Towers, mesh: DeviceMesh) -> None:
         fully_shard(
             layer,
             mesh=mesh,
+            reshard_after_forward=True,
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),  # of probed gradients
             ignored_params=whole | others,
         )
+    # holds no weight itself: it is the root that orders the layers' communication
+    fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
     towers.sharded = True
 
 

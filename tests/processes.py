@@ -37,9 +37,6 @@ def start_ranks(code: str, world: int, folder: Path, **variables: str) -> list[s
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        | {
-            "TORCH_DISTRIBUTED_DEBUG": "DETAIL"
-        }  # two ranks in different collectives are an error, not garbage or a hang
         for rank in range(world)
     ]
     return [start([sys.executable, "-c", code], folder, **own, **variables) for own in ranks]
