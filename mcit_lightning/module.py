@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from typing_extensions import Self
 
 from mcit_lightning.backbone import Backbone
 from mcit_lightning.config import ExperimentConfig
@@ -132,6 +133,10 @@ class MCITModule(L.LightningModule):
             if plan is not None and plan.ranks:
                 logger.info("adapters from stage %s on:\n%s", self.stage.name, self.towers.describe())
             logger.info("stage %s trains %s parameters", self.stage.name, f"{sum(p.numel() for p in trained):,}")
+
+    def cpu(self) -> Self:
+        """What Lightning does at the end of each fit and test. A quantised base stays: moving it costs memory and time."""
+        return self if self.config.backbone.quantization is not None else super().cpu()
 
     def configure_model(self) -> None:
         """Under FSDP2, spread the decoder over the processes, once. Lightning calls this before every fit and test."""

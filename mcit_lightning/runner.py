@@ -61,13 +61,14 @@ class _Run:
         self.precision = resolve_precision(config.trainer)
         self.find_unused = True
         self.tensorboard = StageTensorBoardLogger(directory.root)
-        self._trainer(directory.root)  # wrong values under `trainer` or `callbacks` show before anything is loaded
+        # wrong values under `trainer` or `callbacks` show before anything is loaded
+        device = self._trainer(directory.root).strategy.root_device
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             target(root=Path(config.data.root), **kwargs)
         strategy = build_strategy(config.strategy)
         self.stages = strategy.stages(config.order)
-        backbone = load_backbone(config.backbone, precision=self.precision)
+        backbone = load_backbone(config.backbone, precision=self.precision, device=device)
         strategy.check(backbone.towers, self.stages)  # and so do targets that the model does not have
         self.module = MCITModule(backbone, strategy, config, directory.state.run_id)
         self.stream = ContinualDataModule(config, backbone.processor, self.stages)

@@ -46,8 +46,7 @@ def shard_decoder(towers: Towers, mesh: DeviceMesh) -> None:
     """
     if towers.sharded:
         return
-    decoder = towers.model.get_submodule(towers.language)
-    layers = [layer for child in decoder.children() if isinstance(child, nn.ModuleList) for layer in child]
+    decoder, layers = towers.model.get_submodule(towers.language), decoder_layers(towers)
     if not layers:
         raise ValueError(f"trainer.strategy: fsdp2 finds no list of layers in {type(decoder).__name__}; use ddp")
     whole = {parameter for layer in towers.adapters.values() for _, parameter in layer.adapter_parameters()}
@@ -65,6 +64,12 @@ def shard_decoder(towers: Towers, mesh: DeviceMesh) -> None:
     # holds no weight itself: it is the root that orders the layers' communication
     fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not isinstance(p, DTensor)})
     towers.sharded = True
+
+
+def decoder_layers(towers: Towers) -> list[nn.Module]:
+    """The decoder's layers, in order; none if it keeps them in no list."""
+    decoder = towers.model.get_submodule(towers.language)
+    return [layer for child in decoder.children() if isinstance(child, nn.ModuleList) for layer in child]
 
 
 def lockstep(items: Iterable[T], towers: Towers) -> Iterator[tuple[T, bool]]:

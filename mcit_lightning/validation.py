@@ -16,6 +16,7 @@ from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.engine import check_engine
 from mcit_lightning.evaluation.metrics import check_metric
 from mcit_lightning.instantiate import check_arguments, split_node
+from mcit_lightning.quantization import check_quantization
 from mcit_lightning.registry import nearest
 from mcit_lightning.strategies import STRATEGIES, ContinualStrategy
 
@@ -44,11 +45,13 @@ def validate(config: ExperimentConfig, source: str) -> None:
     try:
         _tasks(config)
         _ranges(config)
-        _callbacks(config, build_strategy(config.strategy))
+        strategy = build_strategy(config.strategy)
+        _callbacks(config, strategy)
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))
         _trainer(config.trainer)
+        check_quantization(config, strategy)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

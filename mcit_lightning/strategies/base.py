@@ -35,6 +35,9 @@ class ContinualStrategy(nn.Module):
     uses_all_parameters: bool = True
     """Every trainable parameter gets a gradient in every step. False makes DDP look for unused ones."""
 
+    needs_base_gradients: bool = False
+    """Something takes gradients of the frozen base weights, which a quantised base does not have."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
