@@ -102,7 +102,7 @@ def rank_zero_first() -> Iterator[None]:
     except RuntimeError:  # rank zero is gone, and the store with it
         done = False
     if not done:
-        raise ValueError("the process of rank zero did not start; see its message")
+        raise ValueError("rank zero could not start; see its message")
     yield
 
 
