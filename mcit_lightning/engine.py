@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
-from mcit_lightning.launch import launched_processes, launcher
+from mcit_lightning.launch import launched_processes
 from mcit_lightning.sharding import FSDP2Strategy
 
 FSDP2 = "fsdp2"
 """Value of `trainer.strategy` for a decoder whose weights are spread over the processes."""
+FSDP2_PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")
+"""Others would convert weights that are sharded already, or scale gradients that other processes know nothing of."""
 ENGINES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", FSDP2)
 """What `trainer.strategy` takes. `auto`: one device, or DDP with several."""
 REFUSED_ENGINES = {
@@ -46,9 +47,13 @@ def check_engine(trainer: Mapping[str, Any]) -> None:
     """Refuse an engine that cannot do what a run needs: grow, be fitted once per stage, and save what any other engine loads.
 
     Raises:
-        ValueError: `trainer.strategy` is not one of `ENGINES`; says why and what to use.
+        ValueError: `trainer.strategy` is not one of `ENGINES`, or the precision not one of fsdp2's; says why and what to use.
     """
     engine = trainer.get("strategy", "auto")
+    if engine == FSDP2 and str(trainer.get("precision", "auto")) not in FSDP2_PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: {trainer['precision']!r} is refused under fsdp2; use one of {', '.join(FSDP2_PRECISIONS)}"
+        )
     if engine in ENGINES:
         return
     reasons = (reason for name, reason in REFUSED_ENGINES.items() if str(engine).startswith(name))
@@ -64,13 +69,11 @@ def engine_arguments(trainer: Mapping[str, Any], *, find_unused: bool) -> dict[s
         find_unused: a trainable parameter may get no gradient in a step.
     """
     arguments: dict[str, Any] = {"strategy": build_engine(trainer, find_unused=find_unused)}
-    started, cluster = launched_processes(), launcher()
+    started = launched_processes()
     if started is not None and trainer.get("devices", "auto") in ("auto", -1, "-1"):
         arguments["devices"] = started[0]
     if started is not None:
         arguments["num_nodes"] = started[1]
-    if isinstance(cluster, SLURMEnvironment):  # with Lightning's requeue off
-        arguments["plugins"] = [cluster]
     if trainer.get("strategy") == FSDP2:
         arguments["inference_mode"] = False  # weights gathered in inference mode could not be used in training
     return arguments

@@ -36,6 +36,12 @@ def launcher() -> ClusterEnvironment | None:
     return TorchElasticEnvironment() if TorchElasticEnvironment.detect() else None
 
 
+def cluster_plugins() -> list[ClusterEnvironment]:
+    """What the Trainer is to be told about the launcher: SLURM without Lightning's requeue; it finds torchrun by itself."""
+    cluster = launcher()
+    return [cluster] if isinstance(cluster, SLURMEnvironment) else []
+
+
 def launched_processes() -> tuple[int, int] | None:
     """(processes per node, nodes) that SLURM or torchrun has started; None without them, or where they do not say."""
     if "SLURM_NTASKS" in os.environ and isinstance(launcher(), SLURMEnvironment):

@@ -44,7 +44,9 @@ def check_quantization(config: ExperimentConfig, strategy: ContinualStrategy) ->
         raise ValueError(f"{key}: it needs a CUDA device, and this run has none; leave the key out")
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise ValueError(f"{key}: {' and '.join(missing)} not installed; pip install bitsandbytes accelerate")
+        raise ValueError(
+            f"{key}: {' and '.join(missing)} not installed; pip install bitsandbytes accelerate, or the extra 'quantized'"
+        )
 
 
 def quantization_arguments(

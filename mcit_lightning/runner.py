@@ -19,7 +19,7 @@ from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.engine import engine_arguments, resolve_precision
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
-from mcit_lightning.launch import check_launch, rank_zero_first
+from mcit_lightning.launch import check_launch, cluster_plugins, rank_zero_first
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
 from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory, read_checkpoint
@@ -165,6 +165,7 @@ class _Run:
                 "enable_model_summary": False,
                 **self.config.trainer,
                 "precision": self.precision,
+                "plugins": cluster_plugins(),
                 **engine_arguments(self.config.trainer, find_unused=self.find_unused),
             }
             if arguments.get("enable_progress_bar") is False:

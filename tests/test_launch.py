@@ -15,7 +15,7 @@ from processes import free_port, start, wait_for
 
 from mcit_lightning import launch
 from mcit_lightning.engine import engine_arguments, planned_devices
-from mcit_lightning.launch import check_launch, launched_processes, launcher, rank_zero_first
+from mcit_lightning.launch import check_launch, cluster_plugins, launched_processes, launcher, rank_zero_first
 
 SLURM = {
     "SLURM_NTASKS": "8",
@@ -59,7 +59,7 @@ def test_slurm_says_how_many_processes_there_are_and_requeues_nothing(monkeypatc
     assert launched_processes() == (4, 2) and planned_devices({}) == 8
     arguments = engine_arguments({"accelerator": "gpu"}, find_unused=False)
     assert (arguments["devices"], arguments["num_nodes"]) == (4, 2)
-    (plugin,) = arguments["plugins"]
+    (plugin,) = cluster_plugins()
     assert isinstance(plugin, SLURMEnvironment) and not plugin.auto_requeue
     check_launch({})
     check_launch({"devices": 4, "num_nodes": 2})
@@ -70,7 +70,7 @@ def test_torchrun_says_how_many_processes_there_are(monkeypatch: pytest.MonkeyPa
     assert isinstance(launcher(), TorchElasticEnvironment)
     assert launched_processes() == (2, 3) and planned_devices({"devices": "auto"}) == 6
     arguments = engine_arguments({"accelerator": "cpu", "strategy": "fsdp2"}, find_unused=False)
-    assert (arguments["devices"], arguments["num_nodes"]) == (2, 3) and "plugins" not in arguments
+    assert (arguments["devices"], arguments["num_nodes"]) == (2, 3) and not cluster_plugins()
     assert arguments["inference_mode"] is False
 
 
