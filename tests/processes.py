@@ -4,12 +4,29 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 TESTS = Path(__file__).parent
 STRICT = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
 """Two ranks that are in different collectives end with an error, where they would hang or compute garbage. DDP's reducer of
 torch 2.13 does not survive it on the CPU."""
+
+
+@dataclass
+class Started:
+    """A process and the file that it writes to."""
+
+    process: subprocess.Popen[str]
+    log: IO[str]
+
+    def output(self) -> str:
+        """What it has written so far."""
+        self.log.seek(0)
+        return self.log.read()
 
 
 def free_port() -> int:
@@ -20,13 +37,7 @@ def free_port() -> int:
     return port
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """This process's environment with the tests on the path, one thread, and `variables`."""
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
-
-
-def start_ranks(code: str, world: int, folder: Path, **variables: str) -> list[subprocess.Popen[str]]:
+def start_ranks(code: str, world: int, folder: Path, **variables: str) -> list[Started]:
     """Run the same code in `world` processes, in `folder`, as Lightning starts them itself."""
     port = str(free_port())
     ranks = [
@@ -42,27 +53,27 @@ def start_ranks(code: str, world: int, folder: Path, **variables: str) -> list[s
     return [start([sys.executable, "-c", code], folder, **own, **variables) for own in ranks]
 
 
-def start(command: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
-    """A process whose whole output can be read when it has ended."""
-    return subprocess.Popen(
-        command,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=folder,
+def start(command: list[str], folder: Path, **variables: str) -> Started:
+    """A process in `folder` with the tests on its path, one thread, and `variables` in its environment."""
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}
+    log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (a pipe would fill up while nobody reads)
+    return Started(
+        subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=folder), log
     )
 
 
-def wait_for(processes: list[subprocess.Popen[str]], seconds: int) -> list[str]:
-    """What each has written; fails, and stops all, if one does not end well in time."""
+def wait_for(started: list[Started], seconds: int) -> None:
+    """Wait until all have ended well; stops all, and fails with what they have written, when one has not."""
+    deadline = time.monotonic() + seconds
     try:
-        outputs = []
-        for process in processes:
-            output, _ = process.communicate(timeout=seconds)
-            assert process.returncode == 0, output
-            outputs.append(output)
-        return outputs
+        while any(each.process.poll() is None for each in started) and time.monotonic() < deadline:
+            if any(each.process.returncode for each in started):
+                time.sleep(1)  # the others say why, too
+                break
+            time.sleep(0.05)
     finally:
-        for process in processes:
-            process.kill()
+        for each in started:
+            each.process.kill()
+    outputs = "\n".join(f"--- process {number}\n{each.output()}" for number, each in enumerate(started))
+    assert [each.process.wait() for each in started] == [0] * len(started), outputs

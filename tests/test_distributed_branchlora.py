@@ -87,7 +87,7 @@ def runs(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     try:
         work(str(smoke_root), str(root / "one"), 1)
     finally:
-        wait_for(processes, 300)
+        wait_for(processes, 600)
     return {"one": root / "one", "two": root / "two"}
 
 

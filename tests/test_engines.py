@@ -94,7 +94,7 @@ def runs(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             code = (
                 f"import {__name__} as test; test.work({str(data)!r}, {str(root / str(world))!r}, {world}, {engine!r})"
             )
-            wait_for(start_ranks(code, world, root, **STRICT if engine == "fsdp2" else {}), 500)
+            wait_for(start_ranks(code, world, root, **STRICT if engine == "fsdp2" else {}), 900)
     return root
 
 

@@ -169,11 +169,11 @@ def test_torchrun_starts_a_run_and_starts_it_over(smoke_root: Path, tmp_path: Pa
     out = tmp_path / "run"
     command = [torchrun, "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "mcit_lightning"]
     for _ in range(2):  # the second time there is a finished run, which rank one must not see
-        wait_for([start([*command, *settings(smoke_root, out, "overwrite=true")], tmp_path)], 200)
+        wait_for([start([*command, *settings(smoke_root, out, "overwrite=true")], tmp_path)], 600)
         assert steps(out) == [4]  # 13 samples on two ranks: 7 each, in batches of two
     again = start([*command, *settings(smoke_root, out)], tmp_path)
-    output, _ = again.communicate(timeout=200)
-    assert again.returncode != 0 and "the run is finished" in output and "rank zero could not start" in output
+    assert again.process.wait(timeout=600) != 0
+    assert "the run is finished" in again.output() and "rank zero could not start" in again.output()
 
 
 @pytest.mark.slow
@@ -187,6 +187,6 @@ def test_two_nodes_of_a_slurm_job(engine: str, smoke_root: Path, tmp_path: Path)
     ]
     arguments = settings(smoke_root, tmp_path / "run", f"trainer.strategy={engine}")
     command = [sys.executable, "-m", "mcit_lightning", *arguments]
-    wait_for([start(command, tmp_path, **{**SLURM, **task}) for task in tasks], 200)
+    wait_for([start(command, tmp_path, **{**SLURM, **task}) for task in tasks], 600)
     assert steps(tmp_path / "run") == [4]
     assert len((tmp_path / "run/predictions/stage_01/colours.jsonl").read_text().splitlines()) == 5

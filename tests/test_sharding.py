@@ -126,7 +126,7 @@ def run_two(data: str, out: str) -> None:
 
 def test_each_of_two_processes_holds_half_of_the_decoder(smoke_root: Path, tmp_path: Path) -> None:
     code = f"import {__name__} as test; test.run_two({str(smoke_root)!r}, {str(tmp_path / 'run')!r})"
-    wait_for(start_ranks(code, 2, tmp_path, **STRICT), 120)
+    wait_for(start_ranks(code, 2, tmp_path, **STRICT), 600)
     assert len((tmp_path / "run/predictions/stage_01/colours.jsonl").read_text().splitlines()) == 5
 
 
@@ -147,7 +147,7 @@ def average(folder: str) -> None:
 
 @pytest.mark.slow
 def test_gradients_are_averaged_and_those_of_no_rank_stay_away(tmp_path: Path) -> None:
-    wait_for(start_ranks(f"import {__name__} as test; test.average({str(tmp_path)!r})", 2, tmp_path, **STRICT), 120)
+    wait_for(start_ranks(f"import {__name__} as test; test.average({str(tmp_path)!r})", 2, tmp_path, **STRICT), 600)
     for rank in (0, 1):
         first, second, third, fourth, fifth = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert first.tolist() == [1.5, 3.0] and second.tolist() == [2.0, 0.0]
