@@ -68,7 +68,8 @@ class GradientProbe(TaskCallback):
 
 
 def to_device(trainer: L.Trainer, module: MCITModule) -> None:
-    """Where Lightning will put the module a moment later; before a task starts, it is on the CPU."""
+    """Where, and how, Lightning will put the module a moment later; before a task starts, it is on the CPU."""
+    module.configure_model()
     module.to(trainer.strategy.root_device)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from callbacks.base import TaskCallback
 from callbacks.probe import batches, to_device
 from mcit_lightning.module import MCITModule
+from mcit_lightning.sharding import lockstep
 from mcit_lightning.stages import Stage
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,11 @@ class RouterSpawn(TaskCallback):
                 f"{trainer.world_size} processes; lower trainer.devices"
             )
         parts = []
-        for batch in batches(trainer, stream.probe_loader(samples)):
+        for batch, counts in lockstep(batches(trainer, stream.probe_loader(samples)), module.towers):
             with trainer.precision_plugin.forward_context():
-                parts.append(module.strategy.features(module.towers, batch))
+                own = module.strategy.features(module.towers, batch)
+            if counts:
+                parts.append(own)
         features = _of_all_ranks(trainer, torch.cat(parts), samples)
         report = module.strategy.fit_router(stage, features)
         # every rank has fitted the same numbers; rank zero's result makes them the same to the last bit

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mcit_lightning.joined import batched_product, join, linear, mix, mixed_linear
 
@@ -176,12 +177,14 @@ class AdapterLinear(nn.Module):
             gate: [E], or None for weight one everywhere.
 
         Raises:
-            ValueError: the layer is merged already, or its base is quantised.
+            ValueError: the layer is merged already, or its base is quantised or spread over processes.
         """
         if self._unmerged:
             raise ValueError("the layer is merged already; unmerge it first")
         if not self.base.weight.is_floating_point():
             raise ValueError("a quantised base cannot be merged with its branches")
+        if isinstance(self.base.weight, DTensor):
+            raise ValueError("a base that is spread over processes (fsdp2) cannot be merged with its branches")
         a = join(list(self.lora_a.values()), 0, torch.float32).index_select(0, self.trunk_columns)
         b = join(list(self.lora_b.values()), 1, torch.float32)
         if gate is not None:

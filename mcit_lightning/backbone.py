@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, Processor
 
 from mcit_lightning.config import BackboneConfig
 from mcit_lightning.processors import read_processor
+from mcit_lightning.quantization import quantization_arguments
 from mcit_lightning.towers import Towers
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,14 @@ def load_processor(config: BackboneConfig) -> ProcessorMixin:
         return read_processor(config.id, config.image_processor, **_hub_arguments(config))
 
 
-def load_backbone(config: BackboneConfig, *, precision: str = "32-true") -> Backbone:
+def load_backbone(
+    config: BackboneConfig, *, precision: str = "32-true", device: torch.device | str = "cpu"
+) -> Backbone:
     """Load model and processor; every parameter is frozen.
 
     Args:
         precision: Lightning's precision, which decides the data type of the base when `dtype` is `auto`.
+        device: where a quantised base goes; any other is loaded into host memory, from where Lightning moves it.
 
     Raises:
         ValueError: nothing can be loaded under `id`, it is not a LLaVA-style model, or a package that it needs is missing.
@@ -43,7 +47,10 @@ def load_backbone(config: BackboneConfig, *, precision: str = "32-true") -> Back
     if config.attention is not None:
         arguments["attn_implementation"] = config.attention
     with _explained(config):
-        model = AutoModelForImageTextToText.from_pretrained(config.id, dtype=base_dtype(config, precision), **arguments)
+        dtype = base_dtype(config, precision)
+        if config.quantization is not None:
+            arguments |= quantization_arguments(config, dtype, device, _hub_arguments(config))
+        model = AutoModelForImageTextToText.from_pretrained(config.id, dtype=dtype, **arguments)
     return wrap(model, processor, config)
 
 

@@ -3,8 +3,8 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
 
+from mcit_lightning.sharding import decoder_layers
 from mcit_lightning.strategies import ContinualStrategy
 from mcit_lightning.towers import Towers
 
@@ -30,25 +30,19 @@ def compile_decoder(towers: Towers, backend: str) -> None:
 
     Called when a stage's adapters are there. What earlier stages have compiled is forgotten: their layers had another form, and
     the number of forms that are kept is limited.
+
+    Raises:
+        ValueError: the decoder has no list of layers.
     """
     torch.compiler.reset()
-    for layer in decoder_layers(towers):
+    layers = decoder_layers(towers)
+    if not layers:
+        decoder = type(towers.model.get_submodule(towers.language)).__name__
+        raise ValueError(f"backbone.compile: {decoder} has no list of layers. Set it to null")
+    for layer in layers:
         layer.compile(backend=backend, dynamic=True)
 
 
 def eagerly(backend: str | None) -> AbstractContextManager[None]:
     """Context in which compiled layers are computed as if they were not: a generation would compile every length anew."""
     return nullcontext() if backend is None else torch.compiler.set_stance("force_eager")
-
-
-def decoder_layers(towers: Towers) -> list[nn.Module]:
-    """The layers of the language model.
-
-    Raises:
-        ValueError: the decoder has no list of layers.
-    """
-    decoder = towers.model.get_submodule(towers.language)
-    lists = [list(child) for child in decoder.children() if isinstance(child, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"backbone.compile: {type(decoder).__name__} has no list of layers. Set it to null")
-    return max(lists, key=len)

@@ -20,6 +20,8 @@ class BackboneConfig:
     """Branch, tag or commit on the hub; None is its default branch."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the frozen base. `auto`: bfloat16 where the precision is bf16-mixed, else float32."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Load the decoder's linears as nf4 or int8 (bitsandbytes, on a CUDA device); adapters stay in full precision."""
     attention: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; None leaves the choice to transformers."""
     activation_checkpointing: bool = False

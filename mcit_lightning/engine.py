@@ -7,6 +7,26 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from mcit_lightning.launch import launched_processes
+from mcit_lightning.sharding import FSDP2Strategy
+
+FSDP2 = "fsdp2"
+"""Value of `trainer.strategy` for a decoder whose weights are spread over the processes."""
+FSDP2_PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")
+"""Others would convert weights that are sharded already, or scale gradients that other processes know nothing of."""
+ENGINES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", FSDP2)
+"""What `trainer.strategy` takes. `auto`: one device, or DDP with several."""
+REFUSED_ENGINES = {
+    "fsdp": "FSDP1 cannot be fitted twice, and there is one fit per stage; use fsdp2",
+    "model_parallel": "its defaults split single products over the devices; use fsdp2",
+    "deepspeed": "its engine cannot be initialised again for the next stage, and writes checkpoints of its own that no other "
+    "engine loads. ZeRO-2 saves only optimizer states of adapters; use ddp. In place of ZeRO-3 use fsdp2",
+    "ddp_spawn": "spawned processes end with each fit; use ddp",
+    "ddp_fork": "forked processes end with each fit; use ddp",
+    "ddp_notebook": "forked processes end with each fit; use ddp",
+}
+"""Beginnings of the names of Lightning's other strategies, why they cannot work here, and what to use."""
+
 
 def resolve_precision(trainer: Mapping[str, Any]) -> str:
     """`auto` (or nothing): bf16-mixed where the device computes in bfloat16, else 32-true; anything else is taken as it is."""
@@ -23,6 +43,42 @@ def _cpu_has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def check_engine(trainer: Mapping[str, Any]) -> None:
+    """Refuse an engine that cannot do what a run needs: grow, be fitted once per stage, and save what any other engine loads.
+
+    Raises:
+        ValueError: `trainer.strategy` is not one of `ENGINES`, or the precision not one of fsdp2's; says why and what to use.
+    """
+    engine = trainer.get("strategy", "auto")
+    if engine == FSDP2 and str(trainer.get("precision", "auto")) not in FSDP2_PRECISIONS:
+        raise ValueError(
+            f"trainer.precision: {trainer['precision']!r} is refused under fsdp2; use one of {', '.join(FSDP2_PRECISIONS)}"
+        )
+    if engine in ENGINES:
+        return
+    reasons = (reason for name, reason in REFUSED_ENGINES.items() if str(engine).startswith(name))
+    reason = next(reasons, f"known are {', '.join(ENGINES)}")
+    raise ValueError(f"trainer.strategy: {engine!r} is refused: {reason}")
+
+
+def engine_arguments(trainer: Mapping[str, Any], *, find_unused: bool) -> dict[str, Any]:
+    """Arguments of `lightning.Trainer` that depend on who started the processes and on the engine.
+
+    Args:
+        trainer: the `trainer` section.
+        find_unused: a trainable parameter may get no gradient in a step.
+    """
+    arguments: dict[str, Any] = {"strategy": build_engine(trainer, find_unused=find_unused)}
+    started = launched_processes()
+    if started is not None and trainer.get("devices", "auto") in ("auto", -1, "-1"):
+        arguments["devices"] = started[0]
+    if started is not None:
+        arguments["num_nodes"] = started[1]
+    if trainer.get("strategy") == FSDP2:
+        arguments["inference_mode"] = False  # weights gathered in inference mode could not be used in training
+    return arguments
+
+
 def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy | str:
     """The Lightning strategy for one Trainer.
 
@@ -34,6 +90,8 @@ def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy |
         find_unused: a trainable parameter may get no gradient in a step.
     """
     engine = str(trainer.get("strategy", "auto"))
+    if engine == FSDP2:
+        return FSDP2Strategy(planned_devices(trainer), find_unused=find_unused)
     if engine.startswith("ddp") or (engine == "auto" and planned_devices(trainer) > 1):
         find_unused = find_unused or "find_unused_parameters_true" in engine
         return DDPStrategy(find_unused_parameters=find_unused, broadcast_buffers=False)
@@ -41,7 +99,10 @@ def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy |
 
 
 def planned_devices(trainer: Mapping[str, Any]) -> int:
-    """Processes that the `trainer` section asks for; `auto` and -1 are what this machine has."""
+    """Processes that torchrun or SLURM has started, or that the `trainer` section asks for (`auto`, -1: a GPU each)."""
+    started = launched_processes()
+    if started is not None:
+        return started[0] * started[1]
     asked, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes", 1))
     if isinstance(asked, list):
         count = len(asked)

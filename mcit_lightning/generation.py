@@ -15,15 +15,23 @@ def generate_answers(
     max_new_tokens: int,
     end_id: int,
     min_new_tokens: int = 0,
+    *,
+    lockstep: bool = False,
 ) -> list[str]:
     """B answers without special tokens and surrounding white space; arguments as for `generate_tokens`."""
-    answers = generate_tokens(model, inputs, max_new_tokens, end_id, min_new_tokens)
+    answers = generate_tokens(model, inputs, max_new_tokens, end_id, min_new_tokens, lockstep=lockstep)
     return [text.strip() for text in processor.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 @torch.no_grad()
 def generate_tokens(
-    model: PreTrainedModel, inputs: dict[str, Any], max_new_tokens: int, end_id: int, min_new_tokens: int = 0
+    model: PreTrainedModel,
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    end_id: int,
+    min_new_tokens: int = 0,
+    *,
+    lockstep: bool = False,
 ) -> Tensor:
     """Answer a batch of left-padded prompts, greedily and with a KV cache.
 
@@ -34,6 +42,7 @@ def generate_tokens(
         max_new_tokens: a row stops there or at the end token.
         end_id: token that ends an answer in the prompt template; not for every model the tokenizer's end of text.
         min_new_tokens: the end token is not chosen before.
+        lockstep: run until all processes have finished their batch, because the model's weights are spread over them.
 
     Returns:
         [B, N], the new tokens, N at most `max_new_tokens`; what follows a row's end token is padding.
@@ -53,6 +62,7 @@ def generate_tokens(
         min_new_tokens=min_new_tokens or None,
         use_cache=True,
         eos_token_id=end_id,
+        synced_gpus=lockstep,
     )
     answers: Tensor = generated[:, input_ids.shape[1] :]
     return answers

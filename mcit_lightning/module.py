@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from typing_extensions import Self
 
 from mcit_lightning.backbone import Backbone
 from mcit_lightning.compilation import compile_decoder, eagerly
@@ -19,8 +21,9 @@ from mcit_lightning.evaluation.results import Results
 from mcit_lightning.feature_cache import CachedTower, attach, why_not
 from mcit_lightning.generation import generate_answers
 from mcit_lightning.loss import Batch
-from mcit_lightning.optimization import build_optimizer, build_schedule
+from mcit_lightning.optimization import build_optimizer, build_schedule, epoch_steps
 from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
+from mcit_lightning.sharding import most_rounds, shard_decoder
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies import ContinualStrategy
 
@@ -55,6 +58,8 @@ class MCITModule(L.LightningModule):
         self.structure = StructureLog()
         self._replayed: set[str] = set()
         self.eval_cost = _nothing_spent()
+        self._rounds_left = 0
+        self._last_batch: Batch | None = None
         self.answer_metrics: dict[str, AnswerMetric] = {}
         self.tower_cache: CachedTower | None = None
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
@@ -160,6 +165,15 @@ class MCITModule(L.LightningModule):
             )
         return self.tower_cache.pictures(keys)
 
+    def cpu(self) -> Self:
+        """What Lightning does at the end of each fit and test. A quantised base stays: moving it costs memory and time."""
+        return self if self.config.backbone.quantization is not None else super().cpu()
+
+    def configure_model(self) -> None:
+        """Under FSDP2, spread the decoder over the processes, once. Lightning calls this before every fit and test."""
+        if self.device_mesh is not None:
+            shard_decoder(self.towers, self.device_mesh["data_parallel"])
+
     # ------------------------------------------------------------------------------------------------------------- training
 
     def on_train_start(self) -> None:
@@ -200,16 +214,24 @@ class MCITModule(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Validation loss of the stage's tasks."""
+        self._note(batch)
+        size = len(batch["id"])
+        self._validated += torch.stack([self._loss(batch) * size, torch.tensor(float(size), device=self.device)])
+
+    def _loss(self, batch: Batch) -> Tensor:
         with self._pictures(batch), self.strategy.routing(self.towers, batch, self.stage.name):
-            output = self.strategy.loss(self.model, batch, self.stage)
-        self.log(
-            "val/loss",
-            output.loss,
-            prog_bar=True,
-            batch_size=len(batch["id"]),
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
+            return self.strategy.loss(self.model, batch, self.stage).loss
+
+    def on_validation_start(self) -> None:
+        """Agree on the number of batches, where all processes must run equally many."""
+        self._rounds_left = most_rounds(int(sum(self.trainer.num_val_batches)), self.towers)
+        self._validated = torch.zeros(2, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss`, the mean over the samples of all processes."""
+        self._catch_up(self._loss)
+        total = self.trainer.strategy.reduce(self._validated, reduce_op="sum")
+        self.log("val/loss", total[0] / total[1], prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with named groups; warm-up and decay over the optimizer steps of this stage."""
@@ -220,17 +242,12 @@ class MCITModule(L.LightningModule):
                 "stage %s trains several tasks at once: optim.lr is used, not the tasks' own rates", self.stage.name
             )
         optimizer = build_optimizer(self.named_parameters(), self._group_of, self.config.optim, task_lr=task_lr)
-        schedule = build_schedule(optimizer, self.config.optim, self._stage_steps())
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _stage_steps(self) -> int:
-        """Optimizer steps of this stage. Not `trainer.estimated_stepping_batches`: it makes a resumed loader start over."""
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        # not `trainer.estimated_stepping_batches`: it makes a resumed loader start over
         batches, limit = len(stream.train_dataloader()), self.trainer.limit_train_batches
-        if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        per_epoch = -(-batches // self.trainer.accumulate_grad_batches)
-        return max(1, per_epoch * stream.epochs(self.stage))
+        per_epoch = epoch_steps(batches, limit, self.trainer.accumulate_grad_batches)
+        schedule = build_schedule(optimizer, self.config.optim, max(1, per_epoch * stream.epochs(self.stage)))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _group_of(self, name: str) -> str:
         if name.startswith("strategy."):
@@ -240,7 +257,8 @@ class MCITModule(L.LightningModule):
     # ----------------------------------------------------------------------------------------------------------- evaluation
 
     def on_test_start(self) -> None:
-        """Fresh metrics for the tasks that are about to be evaluated."""
+        """Fresh metrics for the tasks that are about to be evaluated, and the number of batches as for validation."""
+        self._rounds_left = most_rounds(int(sum(self.trainer.num_test_batches)), self.towers)
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         self.eval_cost = _nothing_spent()
         self.answer_metrics = {task: task_metric(self.config.tasks[task]).to(self.device) for task in stream.test_tasks}
@@ -249,20 +267,8 @@ class MCITModule(L.LightningModule):
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> list[dict[str, Any]]:
         """Generate and score answers; returns one prediction record per row (see `callbacks.BackwardTransfer`)."""
-        task = batch["task"][0]
-        stream = self.trainer.datamodule  # type: ignore[attr-defined]
-        end_id = stream.train_collator.encoder.end_id
-        began, examined = self._clock(), self.strategy.samples_examined
-        with self._pictures(batch), self.strategy.routing(self.towers, batch, None), self.towers.generating():
-            routed_at = self._clock()
-            least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
-            with eagerly(self.config.backbone.compile):
-                texts = generate_answers(self.model, self.processor, batch["inputs"], most, end_id, least)
-        self.eval_cost["routing"] += routed_at - began
-        if examined := self.strategy.samples_examined - examined:
-            self.eval_cost["first_routing"] += routed_at - began
-            self.eval_cost["examined"] += examined
-        self.eval_cost["generation"] += self._clock() - routed_at
+        self._note(batch)
+        task, texts = batch["task"][0], self._answer(batch)
         metric, routed = self.answer_metrics[task], self.strategy.routed_to()
         metric.update(texts, batch["reference"], batch["extra"])
         scores = metric.scores(texts, batch["reference"], batch["extra"])
@@ -283,6 +289,37 @@ class MCITModule(L.LightningModule):
             for row, text in enumerate(texts)
         ]
 
+    def _answer(self, batch: Batch) -> list[str]:
+        stream = self.trainer.datamodule  # type: ignore[attr-defined]
+        task, end_id = batch["task"][0], stream.train_collator.encoder.end_id
+        least, most = self.config.tasks[task].min_new_tokens, stream.max_new_tokens(task)
+        began, examined = self._clock(), self.strategy.samples_examined
+        with self._pictures(batch), self.strategy.routing(self.towers, batch, None), self.towers.generating():
+            routed_at = self._clock()
+            with eagerly(self.config.backbone.compile):
+                texts = generate_answers(
+                    self.model, self.processor, batch["inputs"], most, end_id, least, lockstep=self.towers.sharded
+                )
+        self.eval_cost["routing"] += routed_at - began
+        if examined := self.strategy.samples_examined - examined:
+            self.eval_cost["first_routing"] += routed_at - began
+            self.eval_cost["examined"] += examined
+        self.eval_cost["generation"] += self._clock() - routed_at
+        return texts
+
+    def _note(self, batch: Batch) -> None:
+        """Count an evaluation batch, and keep it where another process may have one more."""
+        self._rounds_left -= 1
+        self._last_batch = batch if self.towers.sharded else None
+
+    def _catch_up(self, step: Callable[[Batch], object]) -> None:
+        """Run the last batch again, to no effect, as often as another process has a batch more (see `sharding`)."""
+        for _ in range(self._rounds_left if self.towers.sharded else 0):
+            assert self._last_batch is not None
+            with self.trainer.precision_plugin.forward_context():
+                step(self._last_batch)
+        self._last_batch = None
+
     def _clock(self) -> float:
         """Seconds, when the device has done what it was asked to."""
         if self.device.type == "cuda":
@@ -291,6 +328,7 @@ class MCITModule(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log `test/<task>/<metric>` in percent; the metrics sum over ranks themselves."""
+        self._catch_up(self._answer)
         stream = self.trainer.datamodule  # type: ignore[attr-defined]
         values = {
             f"test/{task}/{stream.metric(task)}": metric.compute() for task, metric in self.answer_metrics.items()

@@ -59,3 +59,16 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps:
         return 1 - progress if config.schedule == "linear" else 1.0
 
     return LambdaLR(optimizer, factor)
+
+
+def epoch_steps(batches: int, limit: int | float | None, accumulate: int) -> int:
+    """Optimizer steps of an epoch.
+
+    Args:
+        batches: of a process.
+        limit: the Trainer's `limit_train_batches`: a number of batches, or a share of them.
+        accumulate: batches per step; an epoch's last step may have fewer.
+    """
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return -(-batches // accumulate)

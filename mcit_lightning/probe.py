@@ -9,8 +9,10 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mcit_lightning.loss import Batch, answer_loss, sample_losses
+from mcit_lightning.sharding import lockstep
 from mcit_lightning.towers import Towers
 from mcit_lightning.weight_gradients import adding_gradients
 
@@ -56,20 +58,24 @@ def gradient_scores(
             parameters[path, "bias"] = module.bias  # type: ignore[assignment]
     sums: dict[tuple[str, str], Tensor] = {}
     with adding_gradients(towers.model, parameters, sums, offload=offload, dtype=dtype), towers.pretrained():
-        for batch in batches:
+        for batch, counts in lockstep(batches, towers):
             with context():
                 if by_batch:
-                    loss = answer_loss(towers.model, batch).loss * (len(batch["id"]) / samples)
+                    loss = answer_loss(towers.model, batch).loss * (counts * len(batch["id"]) / samples)
                 else:
-                    loss = sample_losses(towers.model, batch).sum() / samples
+                    loss = sample_losses(towers.model, batch).sum() * (counts / samples)
             if loss.requires_grad:
                 loss.backward()
     scores = dict.fromkeys(paths, 0.0)
     for key, parameter in parameters.items():
         # a process without a sample, or a tower that no sample reached, has no gradient but takes part in the sum
         total = sums.pop(key, None)
-        total = torch.zeros_like(parameter, dtype=torch.float32) if total is None else total.to(parameter.device)
-        scores[key[0]] += float(reduce(total).norm())
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        total = torch.zeros_like(own, dtype=torch.float32) if total is None else total.to(own.device)
+        if isinstance(parameter, DTensor):  # each process has a slice of the mean over them
+            scores[key[0]] += parameter.device_mesh.size() * float(reduce(total.square().sum()).sqrt())
+        else:
+            scores[key[0]] += float(reduce(total).norm())
     return scores
 
 

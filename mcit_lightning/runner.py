@@ -18,15 +18,16 @@ from mcit_lightning.checkpoints import SealedCheckpointIO, read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.data.presence import require_files
-from mcit_lightning.engine import build_engine, resolve_precision
+from mcit_lightning.engine import engine_arguments, resolve_precision
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
+from mcit_lightning.launch import check_launch, cluster_plugins, rank_zero_first
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
 from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory
 from mcit_lightning.signals import STOP
 from mcit_lightning.stages import ZERO_SHOT, Stage
-from mcit_lightning.stopping import StopAtSignal, slurm_plugins
+from mcit_lightning.stopping import StopAtSignal
 from mcit_lightning.validation import build_strategy
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def run(config: ExperimentConfig) -> Results:
         OSError: the run directory cannot be written.
         StoppedBySignal: SIGTERM or SIGUSR1 has come and what was trained is saved; the same call continues.
     """
-    directory = RunDirectory(config)
+    check_launch(config.trainer)
+    with rank_zero_first():  # it may delete an old run that the others must not read
+        directory = RunDirectory(config)
     try:
         with STOP.listening():
             return _Run(config, directory).execute()
@@ -67,14 +70,15 @@ class _Run:
         self.precision = resolve_precision(config.trainer)
         self.find_unused = True
         self.tensorboard = StageTensorBoardLogger(directory.root)
-        self._trainer(directory.root)  # wrong values under `trainer` or `callbacks` show before anything is loaded
+        # wrong values under `trainer` or `callbacks` show before anything is loaded
+        device = self._trainer(directory.root).strategy.root_device
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             target(root=Path(config.data.root), **kwargs)
         strategy = build_strategy(config.strategy)
         self.stages = strategy.stages(config.order)
         require_files(config, self.stages)
-        backbone = load_backbone(config.backbone, precision=self.precision)
+        backbone = load_backbone(config.backbone, precision=self.precision, device=device)
         strategy.check(backbone.towers, self.stages)  # and so do targets that the model does not have
         self.module = MCITModule(backbone, strategy, config, directory.state.run_id)
         self.stream = ContinualDataModule(config, backbone.processor, self.stages)
@@ -160,8 +164,8 @@ class _Run:
                 "enable_model_summary": False,
                 **self.config.trainer,
                 "precision": self.precision,
-                "strategy": build_engine(self.config.trainer, find_unused=self.find_unused),
-                "plugins": [SealedCheckpointIO(), *slurm_plugins()],
+                "plugins": [SealedCheckpointIO(), *cluster_plugins()],
+                **engine_arguments(self.config.trainer, find_unused=self.find_unused),
             }
             if arguments.get("enable_progress_bar") is False:
                 callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]

@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from mcit_lightning.signals import STOP
 
@@ -70,8 +69,3 @@ class StopAtSignal(L.Callback):
 def stop_agreed(trainer: L.Trainer) -> bool:
     """Whether all processes know that this training is to stop."""
     return any(callback.agreed for callback in trainer.callbacks if isinstance(callback, StopAtSignal))  # type: ignore[attr-defined]
-
-
-def slurm_plugins() -> list[SLURMEnvironment]:
-    """Under SLURM: its environment without Lightning's requeueing, whose checkpoints replace a run's own when it continues."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -41,6 +43,8 @@ class Towers:
     language: str
     adapters: dict[str, AdapterLinear] = field(default_factory=dict)
     """Module path -> adapter layer, for all that were attached."""
+    sharded: bool = False
+    """The decoder's weights are spread over the processes (see `sharding`), so all must run it equally often."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, projector: str | None = None) -> "Towers":
@@ -150,6 +154,14 @@ class Towers:
             for layer in self.adapters.values():
                 contexts.enter_context(layer.keep())
             yield
+
+    def any_process(self, needed: bool) -> bool:
+        """Whether the decoder is to run: if this process needs it; where it is sharded, if any does (collective)."""
+        if not self.sharded:
+            return needed
+        flag = torch.tensor(float(needed), device=self.model.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def injection_plan(self) -> list[tuple[str, str, int, int, int]]:
         """What is attached: rows of (tower, target, modules, branches per module, adapter parameters)."""

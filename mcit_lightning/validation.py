@@ -14,8 +14,10 @@ from omegaconf.errors import OmegaConfBaseException
 from mcit_lightning.aliases import check_aliases
 from mcit_lightning.compilation import check_compile
 from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.engine import check_engine
 from mcit_lightning.evaluation.metrics import check_metric
 from mcit_lightning.instantiate import check_arguments, split_node
+from mcit_lightning.quantization import check_quantization
 from mcit_lightning.registry import nearest
 from mcit_lightning.strategies import STRATEGIES, ContinualStrategy
 
@@ -35,13 +37,6 @@ RUNNER_SETS = {
 }
 """Trainer arguments that the runner sets per stage, and what to use instead."""
 
-REFUSED_ENGINES = {
-    "fsdp": "FSDP1 cannot be fitted twice, and there is one fit per stage; use ddp",
-    "deepspeed": "DeepSpeed cannot be initialised again for the next stage in one process; use ddp",
-    "ddp_spawn": "spawned processes end with each fit; use ddp",
-    "ddp_notebook": "forked processes end with each fit; use ddp",
-}
-
 
 def validate(config: ExperimentConfig, source: str) -> None:
     """Check everything that can be checked without model and data.
@@ -56,10 +51,15 @@ def validate(config: ExperimentConfig, source: str) -> None:
         _callbacks(config, strategy)
         if config.backbone.compile is not None:
             check_compile(config.backbone.compile, strategy, config.strategy["name"])
+            if config.trainer.get("strategy") == "fsdp2":
+                raise ValueError(
+                    "backbone.compile: was never tried with trainer.strategy fsdp2 and is refused; leave one out"
+                )
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))
         _trainer(config.trainer)
+        check_quantization(config, strategy)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -200,11 +200,4 @@ def _trainer(node: Mapping[str, Any]) -> None:
     accumulate = node.get("accumulate_grad_batches", 1)
     if not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"trainer.accumulate_grad_batches: is {accumulate!r}, must be a whole number of at least 1")
-    engine = str(node.get("strategy", "auto"))
-    for refused, reason in REFUSED_ENGINES.items():
-        if (
-            engine == refused
-            or engine.startswith(f"{refused}_stage")
-            or (refused == "fsdp" and engine.startswith("fsdp"))
-        ):
-            raise ValueError(f"trainer.strategy: {engine!r} is refused: {reason}")
+    check_engine(node)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 K = TypeVar("K", bound=Hashable)
 
@@ -53,7 +54,9 @@ def _collect(sums: dict[K, Tensor], key: K, offload: bool, dtype: torch.dtype | 
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        gradient = parameter.grad.to("cpu" if offload else parameter.device, dtype or parameter.dtype)
+        sharded = isinstance(parameter.grad, DTensor)  # FSDP2 uses the memory of its gradients again
+        own = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        gradient = own.to("cpu" if offload else own.device, dtype or parameter.dtype, copy=sharded)
         parameter.grad = None
         if key in sums:
             sums[key] += gradient

@@ -5,16 +5,13 @@ it everything is, up to the rounding of sums in another order: all answers of th
 the mean over ranks of their mean losses is the mean over the whole batch.
 """
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from processes import start_ranks, wait_for
 from torch import Tensor
 
 from callbacks import BranchFreeze
@@ -23,7 +20,6 @@ from mcit_lightning.runner import run
 
 pytestmark = pytest.mark.slow
 
-TESTS = Path(__file__).parent
 TASKS = ("colours", "counts")
 JOBS = {
     "noise": ["strategy.router_noise=0.7"],
@@ -86,40 +82,12 @@ def work(data: str, out: str, devices: int) -> None:
 def runs(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with the dumps of two processes with batches of two, and of one with batches of four."""
     root = tmp_path_factory.mktemp("distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-            "OMP_NUM_THREADS": "1",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        code = f"import {__name__} as test; test.work({str(smoke_root)!r}, {str(root / 'two')!r}, 2)"
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                cwd=root,
-            )
-        )
+    code = f"import {__name__} as test; test.work({str(smoke_root)!r}, {str(root / 'two')!r}, 2)"
+    processes = start_ranks(code, 2, root)
     try:
         work(str(smoke_root), str(root / "one"), 1)
-        for process in processes:
-            output, _ = process.communicate(timeout=600)
-            assert process.returncode == 0, output
     finally:
-        for process in processes:
-            process.kill()
+        wait_for(processes, 600)
     return {"one": root / "one", "two": root / "two"}
 
 

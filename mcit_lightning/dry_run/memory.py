@@ -4,8 +4,8 @@ Weights, gradients and optimizer state are exact counts. Activations are rough: 
 attention does not keep, a transformer layer keeps 34 bytes per token and hidden unit in 16 bit (Korthikanti et al., MLSys 2023,
 section 4.1); 38 to 43 were measured on SmolLM2-135M with LoRA on all linears, so 40 are taken. With activation checkpointing each
 layer keeps its input, 2 bytes, and one layer at a time is recomputed. Samples are taken to be `data.max_length` long, so most
-batches need less. Not in it: activations of an adapted vision tower, logits of the answers, fragmentation, gradient probes,
-evaluation.
+batches need less. Under FSDP2 a device holds its share of the decoder's layers, and two of them whole. Not in it: activations of
+an adapted vision tower, logits of the answers, fragmentation, gradient probes, evaluation.
 """
 
 from collections.abc import Iterable
@@ -17,6 +17,9 @@ from torch import Tensor
 from mcit_lightning.backbone import base_dtype
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.dry_run.forecast import Forecast
+from mcit_lightning.engine import FSDP2
+from mcit_lightning.quantization import saved_bytes
+from mcit_lightning.sharding import decoder_layers
 from mcit_lightning.towers import Towers
 
 FLOAT32 = 4
@@ -78,7 +81,11 @@ def estimate_memory(
         tokens = max(sizes) * config.data.max_length
         bytes_16 = _activations(towers.model.config.get_text_config(), tokens, config.backbone.activation_checkpointing)
         activations = bytes_16 if bytes_16 is None or "16" in precision else 2 * bytes_16
-    return Memory((base - projector) * size + projector * FLOAT32, stored * FLOAT32, trained * each, activations)
+    frozen = (base - projector) * size - saved_bytes(config.backbone, towers, size)
+    if config.trainer.get("strategy") == FSDP2:
+        layers = [count(layer.parameters()) for layer in decoder_layers(towers)]
+        frozen -= max(0, (sum(layers) - sum(layers) // devices - 2 * max(layers, default=0)) * size)
+    return Memory(frozen + projector * FLOAT32, stored * FLOAT32, trained * each, activations)
 
 
 def count(tensors: Iterable[Tensor]) -> int:

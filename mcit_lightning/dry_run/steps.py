@@ -6,6 +6,7 @@ from typing import Any
 
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.replay import Replay
+from mcit_lightning.optimization import epoch_steps
 from mcit_lightning.stages import Stage
 
 
@@ -69,9 +70,6 @@ def count_steps(
 
 
 def _steps(rows: int, batch_size: int, epochs: int, devices: int, trainer: Mapping[str, Any]) -> int:
-    per_device = -(-rows // devices)
-    batches = -(-per_device // batch_size)
-    limit = trainer.get("limit_train_batches")
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    return max(1, -(-batches // int(trainer.get("accumulate_grad_batches", 1))) * epochs)
+    batches = -(-(-(-rows // devices)) // batch_size)
+    accumulate = int(trainer.get("accumulate_grad_batches", 1))
+    return max(1, epoch_steps(batches, trainer.get("limit_train_batches"), accumulate) * epochs)

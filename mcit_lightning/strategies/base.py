@@ -41,6 +41,9 @@ class ContinualStrategy(nn.Module):
     compiles: ClassVar[bool] = True
     """The decoder's layers can be compiled: no gate decides in Python, and no layer changes from batch to batch."""
 
+    needs_base_gradients: bool = False
+    """Something takes gradients of the frozen base weights, which a quantised base does not have."""
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config

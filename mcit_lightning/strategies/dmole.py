@@ -41,6 +41,7 @@ class DMoLE(ContinualStrategy):
 
     def __init__(self, config: DMoLEConfig) -> None:
         super().__init__(config)
+        self.needs_base_gradients = self.needs_scores
         self.tasks: list[str] = []
         self.bank: AutoencoderBank | None = None
         self.scores: dict[str, float] | None = None
@@ -200,7 +201,8 @@ class DMoLE(ContinualStrategy):
     def _test_features(self, towers: Towers, batch: Batch) -> Tensor:
         """`features` of an evaluation batch, computed once per sample and run: the pretrained model does not change."""
         keys = list(zip(batch["task"], batch.get("index", ()), strict=False))
-        if len(keys) == len(batch["task"]) and all(key in self._tested for key in keys):
+        known = len(keys) == len(batch["task"]) and all(key in self._tested for key in keys)
+        if not towers.any_process(not known):
             return torch.stack([self._tested[key] for key in keys]).to(batch["inputs"]["input_ids"].device)
         features = self.features(towers, batch)
         self.samples_examined += len(features)
@@ -228,7 +230,9 @@ class DMoLE(ContinualStrategy):
         if current == 0 or self.config.co_expert == "none":
             return active
         keys = [(task, self.training, row) for row in batch["index"]]
-        if not all(key in self._helpers for key in keys):  # once per sample: features and earlier tasks never change
+        if towers.any_process(
+            not all(key in self._helpers for key in keys)
+        ):  # once per sample: features and earlier tasks never change
             assert self.bank is not None
             errors = self.bank.errors(self.features(towers, batch))
             self._helpers.update(zip(keys, self._co_expert(errors, own.to(errors.device)).tolist(), strict=True))
