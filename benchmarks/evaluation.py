@@ -20,12 +20,12 @@ import workload
 from ratios import in_turn, parser, prepare, ratio_row, report
 
 from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.engine import resolve_precision
 from mcit_lightning.evaluation.predictions import read_predictions
 from mcit_lightning.module import MCITModule
-from mcit_lightning.rundir import read_checkpoint
 from mcit_lightning.validation import build_strategy
 
 Answers = dict[tuple[int, str, int], str]

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.collate import EvalCollator
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.data.records import Sample
 from mcit_lightning.generation import generate_tokens
 from mcit_lightning.module import MCITModule
-from mcit_lightning.rundir import read_checkpoint
 from mcit_lightning.runner import run
 from mcit_lightning.strategies import STRATEGIES
 from mcit_lightning.validation import build_strategy

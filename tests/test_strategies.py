@@ -21,10 +21,10 @@ from smoke_runs import adapters, predictions, small_experiment
 from test_distributed import command, dumps, finish
 
 from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.module import MCITModule
-from mcit_lightning.rundir import read_checkpoint
 from mcit_lightning.runner import run
 from mcit_lightning.strategies import STRATEGIES, ContinualStrategy, DMoLE
 from mcit_lightning.validation import build_strategy

@@ -70,6 +70,7 @@ def count_steps(
 
 
 def _steps(rows: int, batch_size: int, epochs: int, devices: int, trainer: Mapping[str, Any]) -> int:
-    batches = -(-(-(-rows // devices)) // batch_size)
+    per_device = -(-rows // devices)
+    batches = -(-per_device // batch_size)
     accumulate = int(trainer.get("accumulate_grad_batches", 1))
     return max(1, epoch_steps(batches, trainer.get("limit_train_batches"), accumulate) * epochs)

@@ -37,7 +37,7 @@ def export_merged(trained: Trained, out: Path, adapters: list[str]) -> Path:
     for path, gate in gates.items():
         towers.adapters[path].merge(gate)
     towers.detach_all()
-    model: PreTrainedModel = trained.module.model  # type: ignore[assignment]
+    model: PreTrainedModel = trained.module.model
     nn.Module.to(model, dtype=model.dtype)  # a tuned projector is float32 beside a bfloat16 base
     model.save_pretrained(out)
     trained.module.processor.save_pretrained(out)
@@ -72,8 +72,8 @@ def _gates(trained: Trained, adapters: list[str]) -> Mapping[str, Tensor]:
             raise ValueError(f"--adapter: no adapter {name!r}. {nearest(name, plain)}")
     gates = {}
     for path, layer in module.towers.adapters.items():
-        wanted = {branch for name in adapters for branch in plain[name].get(path, ())}
-        gates[path] = torch.tensor([float(branch in wanted) for branch in layer.lora_b], device=layer.weight.device)
+        chosen = {branch for name in adapters for branch in plain[name].get(path, ())}
+        gates[path] = torch.tensor([float(branch in chosen) for branch in layer.lora_b], device=layer.weight.device)
     return gates
 
 
