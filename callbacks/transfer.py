@@ -27,6 +27,7 @@ from mcit_lightning.evaluation.routing import routing_summary
 from mcit_lightning.evaluation.table import stage_table
 from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.plans import FreezeRecord, StructureLog, TaskPlan
+from mcit_lightning.stage_logger import StageLogger
 from mcit_lightning.stages import Stage
 from mcit_lightning.towers import TOWERS, Towers
 
@@ -201,7 +202,7 @@ class BackwardTransfer(L.Callback):
         write_report(root, results, config.read_text(encoding="utf-8") if config.is_file() else "", images)
         # last, because a curve's point cannot be taken back if the run is killed before this stage is marked as done
         for logger in trainer.loggers:
-            if isinstance(logger, StageTensorBoardLogger):
+            if isinstance(logger, StageTensorBoardLogger | StageLogger):
                 logger.log_forgetting(results, 0 if stage is None else stage.row + 1)
         self._report = results
 

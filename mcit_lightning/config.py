@@ -202,5 +202,8 @@ class ExperimentConfig:
     """`name` and the hyper-parameters of that strategy's `Config`."""
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     """`{_target_: callbacks.Name, ...}` each, in execution order."""
+    loggers: list[dict[str, Any]] = field(default_factory=list)
+    """Lightning loggers beside TensorBoard, for example `{_target_: lightning.pytorch.loggers.CSVLogger}`, or `WandbLogger` with
+    its `project`. They write below `loggers/` in the run directory unless `save_dir` says otherwise."""
     trainer: dict[str, Any] = field(default_factory=dict)
     """Arguments of `lightning.Trainer`. `precision: auto` is bf16-mixed where the device computes in bfloat16, else 32-true."""

@@ -98,11 +98,16 @@ class StageTensorBoardLogger(TensorBoardLogger):
         self.experiment.flush()
 
     def _log_row(self, results: Results, stage: int) -> None:
-        scores = results.zero_shot if stage == 0 else results.matrix.scores[stage - 1]
-        summary = results.matrix.summary(stage - 1) if stage > 0 else {}
-        values = {f"{CURVES}/{task}": score for task, score in zip(results.tasks, scores or (), strict=bool(scores))}
-        values.update({f"summary/{name}": summary.get(name) for name in SUMMARIES})
-        super().log_metrics({tag: value for tag, value in values.items() if value is not None}, stage)
+        super().log_metrics(curve_values(results, stage), stage)
+
+
+def curve_values(results: Results, stage: int) -> dict[str, float]:
+    """Tag -> value of the forgetting curves and summaries after a stage; 0 is the zero-shot evaluation."""
+    scores = results.zero_shot if stage == 0 else results.matrix.scores[stage - 1]
+    summary = results.matrix.summary(stage - 1) if stage > 0 else {}
+    values = {f"{CURVES}/{task}": score for task, score in zip(results.tasks, scores or (), strict=bool(scores))}
+    values.update({f"summary/{name}": summary.get(name) for name in SUMMARIES})
+    return {tag: value for tag, value in values.items() if value is not None}
 
 
 def _curve_steps(folder: Path) -> set[int]:

@@ -29,11 +29,13 @@ OWN_FILES = (
     "predictions",
     "tensorboard",
     "features",
+    "loggers",
 )
 MAY_CHANGE = (
     "out",
     "overwrite",
     "dry_run",
+    "loggers",
     "data.num_workers",
     "data.source",
     "trainer.accelerator",

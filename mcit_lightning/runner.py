@@ -26,6 +26,7 @@ from mcit_lightning.loggers import StageTensorBoardLogger
 from mcit_lightning.module import MCITModule
 from mcit_lightning.rundir import EVALUATE_AGAIN, RunDirectory
 from mcit_lightning.signals import STOP
+from mcit_lightning.stage_logger import build_loggers
 from mcit_lightning.stages import ZERO_SHOT, Stage
 from mcit_lightning.stopping import StopAtSignal
 from mcit_lightning.validation import build_strategy
@@ -70,6 +71,7 @@ class _Run:
         self.precision = resolve_precision(config.trainer)
         self.find_unused = True
         self.tensorboard = StageTensorBoardLogger(directory.root)
+        self.loggers = build_loggers(config.loggers, directory.root)
         # wrong values under `trainer` or `callbacks` show before anything is loaded
         device = self._trainer(directory.root).strategy.root_device
         if config.prepare is not None:
@@ -110,7 +112,8 @@ class _Run:
     def _stage(self, stage: Stage, trained: int | None) -> int:
         """Train unless that is done (in `trained` steps), and evaluate; returns the stage's optimizer steps."""
         self.stream.stage = stage.index
-        self.tensorboard.step_offset = sum(self.directory.state.steps)
+        for each in (self.tensorboard, *self.loggers):
+            each.step_offset = sum(self.directory.state.steps)
         L.seed_everything(self.config.seed + stage.index, workers=True, verbose=False)
         last = self.directory.last(stage)
         trainer = self._trainer(self.directory.stage_folder(stage), self.stream.epochs(stage))
@@ -172,7 +175,7 @@ class _Run:
             return L.Trainer(
                 **arguments,
                 callbacks=callbacks,
-                logger=self.tensorboard,
+                logger=[self.tensorboard, *self.loggers],
                 default_root_dir=folder,
                 max_epochs=epochs,
                 use_distributed_sampler=False,

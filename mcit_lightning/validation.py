@@ -19,13 +19,14 @@ from mcit_lightning.evaluation.metrics import check_metric
 from mcit_lightning.instantiate import check_arguments, split_node
 from mcit_lightning.quantization import check_quantization
 from mcit_lightning.registry import nearest
+from mcit_lightning.stage_logger import check_loggers
 from mcit_lightning.strategies import STRATEGIES, ContinualStrategy
 
 RUNNER_SETS = {
     "callbacks": "use the experiment's callbacks list",
     "default_root_dir": "use out",
     "enable_checkpointing": "callbacks.StageCheckpoint writes the checkpoints",
-    "logger": "the runner adds the TensorBoard logger",
+    "logger": "the runner adds the TensorBoard logger; others go into loggers",
     "max_epochs": "use tasks.<name>.epochs",
     "max_steps": "use tasks.<name>.epochs or data.limit_train",
     "max_time": "stop the run and start the same command again instead",
@@ -58,6 +59,7 @@ def validate(config: ExperimentConfig, source: str) -> None:
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))
+        check_loggers(config.loggers)
         _trainer(config.trainer)
         check_quantization(config, strategy)
     except ValueError as error:
