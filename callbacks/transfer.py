@@ -101,8 +101,9 @@ class BackwardTransfer(L.Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the predictions, enter the scores, and report."""
         results: Results = pl_module.results  # type: ignore[assignment]
+        metrics = {**results.metrics, **results.held_out.metrics}
         for task in self._rows:
-            self._scores[task] = float(trainer.callback_metrics[f"test/{task}/{results.metrics[task]}"])
+            self._scores[task] = float(trainer.callback_metrics[f"test/{task}/{metrics[task]}"])
         self._finish(trainer, pl_module)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -125,6 +126,9 @@ class BackwardTransfer(L.Callback):
                 results.matrix.set_zero_shot(task, self._scores[task])
             else:
                 results.matrix.set(stage.row, task, self._scores[task])
+        for task in results.held_out.metrics:
+            if task in self._scores:
+                results.held_out.set(0 if stage is None else stage.row + 1, task, self._scores[task])
         if trainer.is_global_zero:
             if stage is not None:
                 self._enter_cost(results, stage, samples)

@@ -196,6 +196,9 @@ class ExperimentConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     order: list[str] = field(default_factory=list)
     """Names of the tasks, in the order in which they are learnt."""
+    held_out: list[str] = field(default_factory=list)
+    """Further names of `tasks` that are evaluated with the pretrained model and after every stage and never trained: what the
+    model could do before and must not lose (POPE, MME, ...). They are not part of the accuracy matrix and its summaries."""
     tasks: dict[str, TaskConfig] = field(default_factory=dict)
     """Name -> the task's files, metric and training; see below."""
     strategy: dict[str, Any] = field(default_factory=dict)

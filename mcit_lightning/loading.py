@@ -92,7 +92,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ExperimentCo
         key = getattr(error, "full_key", None) or "a value"
         raise ValueError(f"{path}: {key}: {_first_line(error)}. Correct the file or the command line") from error
     assert isinstance(config, ExperimentConfig)
-    config.order = [find_task(name, config.tasks) or name for name in config.order or config.tasks]
+    config.held_out = [find_task(name, config.tasks) or name for name in config.held_out]
+    trained = config.order or [name for name in config.tasks if name not in config.held_out]
+    config.order = [find_task(name, config.tasks) or name for name in trained]
     _name_targets(config)
     for name in config.imports:
         try:

@@ -107,6 +107,7 @@ def curve_values(results: Results, stage: int) -> dict[str, float]:
     summary = results.matrix.summary(stage - 1) if stage > 0 else {}
     values = {f"{CURVES}/{task}": score for task, score in zip(results.tasks, scores or (), strict=bool(scores))}
     values.update({f"summary/{name}": summary.get(name) for name in SUMMARIES})
+    values.update({f"held_out/{task}": score for task, score in results.held_out.row(stage).items()})
     return {tag: value for tag, value in values.items() if value is not None}
 
 

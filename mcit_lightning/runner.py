@@ -19,6 +19,7 @@ from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.data.presence import require_files
 from mcit_lightning.engine import engine_arguments, resolve_precision
+from mcit_lightning.evaluation.held_out import HeldOut
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
 from mcit_lightning.launch import check_launch, cluster_plugins, rank_zero_first
@@ -92,7 +93,7 @@ class _Run:
         """All stages that are not finished yet."""
         state = self.directory.state
         if not state.zero_shot and (self.config.zero_shot or not self.stages):
-            self.stream.evaluate_only(self.config.order)
+            self.stream.evaluate_only([*self.config.order, *self.config.held_out])
             self._test(self._trainer(self.directory.root / ZERO_SHOT))
             state.zero_shot = True
             self.directory.save()
@@ -209,6 +210,7 @@ class _Run:
             seed=config.seed,
             tasks=list(config.order),
             metrics={name: config.tasks[name].metric for name in config.order},
+            held_out=HeldOut({name: config.tasks[name].metric for name in config.held_out}),
         )
 
 

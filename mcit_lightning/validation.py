@@ -130,11 +130,15 @@ def _tasks(config: ExperimentConfig) -> None:
                 f"tasks.{name}: a task's name becomes file names and parameter names; use letters, digits, - and _"
             )
     check_aliases(config.tasks)
-    for name in config.order:
+    if both := set(config.order) & set(config.held_out):
+        raise ValueError(f"held_out: {', '.join(sorted(both))} is in order too; a held-out task is never trained")
+    if len(set(config.held_out)) != len(config.held_out):
+        raise ValueError(f"held_out: names a task twice: {config.held_out}")
+    for key, name in [("order", name) for name in config.order] + [("held_out", name) for name in config.held_out]:
         if name not in config.tasks:
-            raise ValueError(f"order: no task {name!r}. {nearest(name, config.tasks)}")
+            raise ValueError(f"{key}: no task {name!r}. {nearest(name, config.tasks)}")
         task = config.tasks[name]
-        for split in ("train", "test"):
+        for split in ("train", "test") if key == "order" else ("test",):
             if getattr(task, split) is None:
                 raise ValueError(
                     f"tasks.{name}.{split}: is not set; give the file of that split, relative to data.root"
@@ -160,7 +164,7 @@ def _ranges(config: ExperimentConfig) -> None:
         "optim.projector_lr": config.optim.projector_lr,
         "optim.strategy_lr": config.optim.strategy_lr,
     }
-    for name in config.order:
+    for name in (*config.order, *config.held_out):
         task = config.tasks[name]
         for key in ("epochs", "batch_size", "lr", "max_new_tokens"):
             positive[f"tasks.{name}.{key}"] = getattr(task, key)

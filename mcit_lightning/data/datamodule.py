@@ -94,7 +94,7 @@ class ContinualDataModule(L.LightningDataModule):
             ValueError: something is missing or malformed.
         """
         trained = {task for stage in self.stages for task in stage.train}
-        for task in self.config.order:
+        for task in (*self.config.order, *self.config.held_out):
             config = self._task(task)
             splits: list[Split] = ["test"]
             if task in trained:
@@ -136,26 +136,27 @@ class ContinualDataModule(L.LightningDataModule):
 
     @property
     def test_tasks(self) -> list[str]:
-        """Tasks whose test loaders come next, in the order of the stream."""
+        """Tasks whose test loaders come next: those of the stream in their order, then the held-out ones."""
         if self._explicit is not None:
             return list(self._explicit)
         evaluate = self.stage.evaluate
         if isinstance(evaluate, tuple):
-            return list(evaluate)
+            return [*evaluate, *self.config.held_out]
         everything = "all" in (evaluate, self.config.evaluate)
-        return list(self.config.order if everything else self.config.order[: self.stage.row + 1])
+        tasks = self.config.order if everything else self.config.order[: self.stage.row + 1]
+        return [*tasks, *self.config.held_out]
 
     def evaluate_only(self, tasks: Iterable[str] | None) -> None:
         """Test these tasks instead of the stage's own, until the stage is set again; None returns to the stage's own.
 
         Raises:
-            ValueError: a task is not in `order`.
+            ValueError: a task is neither in `order` nor in `held_out`.
         """
         chosen = None if tasks is None else list(tasks)
         for task in chosen or []:
-            if task not in self.config.order:
-                known = ", ".join(self.config.order)
-                raise ValueError(f"Unknown task {task!r}. In `order`: {known}.{did_you_mean(task, self.config.order)}")
+            known = [*self.config.order, *self.config.held_out]
+            if task not in known:
+                raise ValueError(f"Unknown task {task!r}. In `order`: {', '.join(known)}.{did_you_mean(task, known)}")
         self._explicit = chosen
 
     def split(self, task: str, split: Split) -> TaskSplit:

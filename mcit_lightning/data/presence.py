@@ -33,7 +33,7 @@ def require_files(config: ExperimentConfig, stages: Sequence[Stage]) -> None:
 def _files(config: ExperimentConfig, stages: Sequence[Stage]) -> Iterator[tuple[str, Path]]:
     root = Path(config.data.root).expanduser().absolute()
     trained = {task for stage in stages for task in stage.train}
-    for name in config.order:
+    for name in (*config.order, *config.held_out):
         task = config.tasks[name]
         files = (
             {"test": task.test} if name not in trained else {"train": task.train, "val": task.val, "test": task.test}

@@ -9,6 +9,7 @@ from mcit_lightning.evaluation.page import chart, heat_cell, heat_row, heat_tabl
 from mcit_lightning.evaluation.report_budget import budget_section
 from mcit_lightning.evaluation.report_cost import cost_section
 from mcit_lightning.evaluation.report_freezing import freezing_section
+from mcit_lightning.evaluation.report_held_out import held_out_section
 from mcit_lightning.evaluation.report_published import published_section
 from mcit_lightning.evaluation.report_routing import routing_section
 from mcit_lightning.evaluation.report_samples import samples_section
@@ -60,6 +61,7 @@ def write_report(root: Path, results: Results, config_yaml: str, image_of: Image
         routing_section(results),
         budget_section(results),
         freezing_section(results),
+        held_out_section(results),
         cost_section(results),
         samples_section(root, results, image_of),
         f"<details><summary>Configuration</summary><pre>{escape(config_yaml)}</pre></details>",

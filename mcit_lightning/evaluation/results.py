@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcit_lightning.evaluation.files import checked_json, read_checked_json, write_atomic
+from mcit_lightning.evaluation.held_out import HeldOut
 from mcit_lightning.evaluation.transfer import TransferMatrix
 
 RESULTS_FILE = "results.json"
@@ -65,6 +66,7 @@ class Results:
             list. Of the model that was evaluated last.
         freezing: stage -> module path -> the branches that the stage used most and that froze after it; a branch of an earlier
             stage may be there again.
+        held_out: scores on tasks that are never trained, outside of the matrix.
         notes: anything else worth keeping, for example the counts of shortened and dropped samples (JSON types only).
 
     The accuracy matrix with the zero-shot row is `matrix`, empty at first.
@@ -81,6 +83,7 @@ class Results:
     allocation: dict[str, Any] = field(default_factory=dict)
     modules: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     freezing: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    held_out: HeldOut = field(default_factory=HeldOut)
     notes: dict[str, Any] = field(default_factory=dict)
     matrix: TransferMatrix = field(init=False)
 
@@ -136,6 +139,7 @@ class Results:
             "allocation": self.allocation,
             "modules": self.modules,
             "freezing": self.freezing,
+            "held_out": self.held_out.to_dict(),
             "cost": [asdict(row) for row in self.cost],
             "notes": self.notes,
         }
@@ -173,6 +177,7 @@ class Results:
                 allocation=values.get("allocation", {}),
                 modules=values.get("modules", {}),
                 freezing=values.get("freezing", {}),
+                held_out=HeldOut.from_dict(values.get("held_out", {})),
                 notes=values["notes"],
             )
             results.matrix = TransferMatrix.from_dict(values)

@@ -17,6 +17,8 @@ def stage_table(results: Results) -> Group:
 
     Summaries and cost fit `WIDTH` columns."""
     parts: list[RenderableType] = [_matrix(results), _summary(results)]
+    if retained := results.held_out.retention(results.matrix.last_row()):
+        parts.append(_lines({f"held out: {task}": text for task, text in retained.items()}))
     if cost := [entry for entry in results.cost if entry.row == results.matrix.last_row()]:
         parts.append(_cost(cost[-1]))
     return Group(*parts)

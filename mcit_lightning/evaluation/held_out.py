@@ -1,0 +1,51 @@
+"""Scores on tasks that are never trained: how much of its general ability a model keeps through the sequence."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mcit_lightning.evaluation.formatting import number_text
+
+
+@dataclass
+class HeldOut:
+    """Scores by stage.
+
+    Args:
+        metrics: held-out task -> name of its metric.
+        scores: stage, 1-based by the row of the accuracy matrix that it filled -> task -> percent; 0 is the pretrained model.
+    """
+
+    metrics: dict[str, str] = field(default_factory=dict)
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def set(self, stage: int, task: str, score: float) -> None:
+        """Enter a score."""
+        self.scores.setdefault(stage, {})[task] = score
+
+    def row(self, stage: int) -> dict[str, float]:
+        """Task -> score after a stage; empty before it."""
+        return self.scores.get(stage, {})
+
+    def retention(self, row: int | None) -> dict[str, str]:
+        """Task -> score after the stage that filled a row of the matrix (None: before training), with the change since then."""
+        now, before = self.row(0 if row is None else row + 1), self.row(0)
+        texts = {}
+        for task, score in now.items():
+            change = (
+                f" ({number_text(score - before[task], signed=True)})" if row is not None and task in before else ""
+            )
+            texts[task] = f"{number_text(score)}{change}"
+        return texts
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"metrics": self.metrics, "scores": {str(stage): row for stage, row in sorted(self.scores.items())}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "HeldOut":
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a stage is no number.
+        """
+        return cls(values.get("metrics", {}), {int(stage): row for stage, row in values.get("scores", {}).items()})
