@@ -113,8 +113,9 @@ class _Run:
     def _stage(self, stage: Stage, trained: int | None) -> int:
         """Train unless that is done (in `trained` steps), and evaluate; returns the stage's optimizer steps."""
         self.stream.stage = stage.index
-        for each in (self.tensorboard, *self.loggers):
-            each.step_offset = sum(self.directory.state.steps)
+        self.tensorboard.step_offset = offset = sum(self.directory.state.steps)
+        for each in self.loggers:
+            each.step_offset = offset
         L.seed_everything(self.config.seed + stage.index, workers=True, verbose=False)
         last = self.directory.last(stage)
         trainer = self._trainer(self.directory.stage_folder(stage), self.stream.epochs(stage))
