@@ -17,8 +17,10 @@ from test_engines import weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from transformers import AutoConfig
 
 from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.dry_run import plan
 from mcit_lightning.generation import generate_answers
 from mcit_lightning.probe import gradient_scores
 from mcit_lightning.runner import run
@@ -94,6 +96,22 @@ def test_a_model_without_a_list_of_layers_is_refused(
     module.towers.language = module.towers.vision + ".embeddings"
     with pytest.raises(ValueError, match=r"fsdp2 finds no list of layers in CLIPVisionEmbeddings; use ddp"):
         shard(module)
+
+
+def test_a_plan_counts_a_devices_share_and_two_whole_layers(
+    smoke_root: Path, tmp_path: Path, smoke_config: Callable[..., ExperimentConfig]
+) -> None:
+    deep = AutoConfig.from_pretrained(smoke_root / "model")
+    deep.text_config.num_hidden_layers = 10
+    deep.save_pretrained(tmp_path)
+    base = {}
+    for engine in ("ddp", "fsdp2"):
+        trainer = {"accelerator": "cpu", "precision": "32-true", "devices": 4, "strategy": engine}
+        memory = plan(smoke_config(backbone={"id": str(tmp_path)}, trainer=trainer)).memory
+        assert memory is not None
+        base[engine] = memory.base
+    layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64 + 2 * 32
+    assert base["ddp"] - base["fsdp2"] == 4 * (10 * layer - 10 * layer // 4 - 2 * layer)
 
 
 class Inspect(L.Callback):
