@@ -5,8 +5,8 @@
 
 Experts, branches, routers and keys of 1, 5, 10 and 20 tasks are put into the model (random weights). A step is forward, backward
 and AdamW on a batch of one task; an evaluation batch is routing, prefill and decoding of a batch that was not seen before. All
-counts run in turn. Peak memory (on Linux) is how much a process's resident memory grows from before the model is built to its highest in
-three steps, each variant in a process of its own, relative to plain LoRA with about as many trainable parameters.
+counts run in turn. Peak memory (on Linux) is how much a process's resident memory grows from before the model is built to its
+highest in three steps, each variant in a process of its own, relative to plain LoRA with about as many trainable parameters.
 """
 
 import argparse
