@@ -5,13 +5,12 @@
 
 Experts, branches, routers and keys of 1, 5, 10 and 20 tasks are put into the model (random weights). A step is forward, backward
 and AdamW on a batch of one task; an evaluation batch is routing, prefill and decoding of a batch that was not seen before. All
-counts run in turn. Peak memory is how much a process's resident memory grows from before the model is built to its highest in
-three steps, each variant in a process of its own, relative to plain LoRA with about as many trainable parameters.
+counts run in turn. Peak memory (on Linux) is how much a process's resident memory grows from before the model is built to its
+highest in three steps, each variant in a process of its own, relative to plain LoRA with about as many trainable parameters.
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -169,7 +168,7 @@ def _child(options: argparse.Namespace, folder: Path, name: str, tasks: int, tra
 
 def child(folder: str, name: str, tasks: int, trainable: int | None) -> dict[str, int]:
     """What one variant needs; runs in a process of its own."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _resident("VmRSS")
     node = STRATEGIES.get(name, "")
     if name == "sequential":
         assert trainable is not None
@@ -178,8 +177,13 @@ def child(folder: str, name: str, tasks: int, trainable: int | None) -> dict[str
     model = Learnt(Path(folder), node, tasks)
     for _ in range(3):
         model.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"bytes": (peak - before) * 1024, "trainable": sum(parameter.numel() for parameter in model.trained)}
+    return {"bytes": _resident("VmHWM") - before, "trainable": sum(parameter.numel() for parameter in model.trained)}
+
+
+def _resident(field: str) -> int:
+    """Bytes of this process's memory now (`VmRSS`) or at its highest (`VmHWM`). `ru_maxrss` would begin with the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
 
 
 def lora_parameters(folder: Path) -> int:

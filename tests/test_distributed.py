@@ -113,3 +113,26 @@ def test_killed_by_sigkill_in_one_process(smoke_root: Path, tmp_path: Path) -> N
 
 def _children(pid: int) -> list[int]:
     return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_two_processes_killed_in_an_evaluation_keep_its_finished_tasks(smoke_root: Path, tmp_path: Path) -> None:
+    settings = ("trainer.devices=2", "data.batch_size=2", "data.limit_train=8", "data.eval_batch_size=1")
+    finish(command(smoke_root, tmp_path / "whole", *settings))
+    process = command(smoke_root, tmp_path / "run", *settings)
+    parts = [tmp_path / f"run/predictions/stage_03/.shapes.rank{rank}.part" for rank in range(2)]
+    deadline = time.monotonic() + 200
+    while not all(part.exists() for part in parts) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    for child in _children(process.pid):
+        os.kill(child, signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    output = finish(command(smoke_root, tmp_path / "run", *settings))
+    assert "stage_03: evaluated before the interruption: colours, shapes" in output
+    whole, run = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "run"))
+    assert run["matrix"] == whole["matrix"] and run["cost"][2]["eval_seconds"] > 0
+    for name in TASKS:
+        file = f"predictions/stage_03/{name}.jsonl"
+        assert (tmp_path / "run" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    assert not list((tmp_path / "run/predictions").glob("*/.*"))
