@@ -186,11 +186,11 @@ def test_a_sample_is_answered_without_its_task_and_without_company(name: str, fi
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_what_a_strategy_needs_at_the_end_of_a_task_is_asked_for(name: str) -> None:
+def test_what_a_strategy_needs_at_task_boundaries_is_asked_for(name: str) -> None:
     strategy = build_strategy({"name": name})
     if type(strategy).end_task is not ContinualStrategy.end_task or strategy.review_samples(100):
         assert "Consolidate" in strategy.required_callbacks()
-    if strategy.preview_samples(100):
+    if type(strategy).begin_task is not ContinualStrategy.begin_task or strategy.preview_samples(100):
         assert "TaskPreview" in strategy.required_callbacks()
 
 

@@ -60,9 +60,11 @@ class ContinualStrategy(nn.Module):
     def required_callbacks(self) -> tuple[str, ...]:
         """Names of the callbacks without which this configuration would silently be another method.
 
-        Default: `Consolidate` for a strategy that has something to do at the end of a task.
+        Default: those that call what the strategy does at the start and at the end of a task.
         """
-        return ("Consolidate",) if type(self).end_task is not ContinualStrategy.end_task else ()
+        starts = type(self).begin_task is not ContinualStrategy.begin_task
+        ends = type(self).end_task is not ContinualStrategy.end_task
+        return ("TaskPreview",) * starts + ("Consolidate",) * ends
 
     def check(self, towers: Towers, stages: list[Stage]) -> None:
         """Look for what a plan would stumble over, before anything is evaluated; default: make the first stage's plan.

@@ -71,10 +71,6 @@ class KeepLoRA(TaskLoRA):
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
-    def required_callbacks(self) -> tuple[str, ...]:
-        """What shows the task's samples before and after it."""
-        return ("TaskPreview", "Consolidate")
-
     def grow(self, towers: Towers, plan: TaskPlan) -> None:
         """The stage's LoRA; with the first one, an empty M per module."""
         super().grow(towers, plan)
