@@ -62,6 +62,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     for seed in range(3):
         make_run(root / f"a_method_with_a_very_long_name/seed{seed}", strategy="ewc", seed=seed, lost=45.0)
     make_run(root / "one_seed/seed0", strategy="lwf", lost=12.5)
+    make_run(root / "a_method_with_a_very_long_name/seed3", strategy="ewc", seed=3, finished=False)  # a long notice
     picture = Image.new("RGB", (40, 30), "red")
     return comparison_page(compare_runs(*find_runs([root])), "Comparison", lambda run: lambda task, index: picture)[0]
 
