@@ -83,7 +83,8 @@ def estimate_memory(
         activations = bytes_16 if bytes_16 is None or "16" in precision else 2 * bytes_16
     frozen = (base - projector) * size - saved_bytes(config.backbone, towers, size)
     if config.trainer.get("strategy") == FSDP2:
-        layers = [count(layer.parameters()) for layer in decoder_layers(towers)]
+        whole = {id(value) for layer in towers.adapters.values() for _, value in layer.adapter_parameters()}
+        layers = [count(p for p in layer.parameters() if id(p) not in whole) for layer in decoder_layers(towers)]
         frozen -= max(0, (sum(layers) - sum(layers) // devices - 2 * max(layers, default=0)) * size)
     return Memory(frozen + projector * FLOAT32, stored * FLOAT32, trained * each, activations)
 
