@@ -28,7 +28,8 @@ from mcit_lightning.backbone import Backbone, load_backbone
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.generation import generate_tokens
 from mcit_lightning.stages import Stage, sequential_stages
-from mcit_lightning.strategies import ContinualStrategy, DMoLE
+from mcit_lightning.strategies import ContinualStrategy, DMoLE, DMoLEConfig
+from mcit_lightning.towers import ALL_LINEAR, Towers, find_targets
 from mcit_lightning.validation import build_strategy
 
 COUNTS = (1, 5, 10, 20)
@@ -36,6 +37,11 @@ STRATEGIES = {
     "dmole": "{name: dmole, rank: 16, alpha: 32, dropout: 0.0, router_epochs: 5, router_minimum: 16}",
     "branchlora": "{name: branchlora, rank: 32, alpha: 64, experts: 8, top_k: 2, dropout: 0.0}",
 }
+COMPARED: dict[str, dict[str, list[str]]] = {
+    "dmole": DMoLEConfig().targets,  # backward passes through both towers
+    "branchlora": {"language": [ALL_LINEAR]},
+}
+"""Linears that the plain LoRA adapts which a strategy's memory is compared with."""
 STAGES = sequential_stages([f"task{number:02d}" for number in range(max(COUNTS))])
 
 
@@ -137,7 +143,7 @@ def memory(options: argparse.Namespace, folder: Path) -> list[Row]:
             found = []
             for _ in range(options.memory_rounds):
                 own = _child(options, folder, name, count, None)
-                found.append((own, _child(options, folder, "sequential", count, own["trainable"])))
+                found.append((own, _child(options, folder, name, count, own["trainable"])))
             ratios = sorted(own["bytes"] / lora["bytes"] for own, lora in found)
             own, lora = found[0]
             rows.append(
@@ -169,11 +175,11 @@ def _child(options: argparse.Namespace, folder: Path, name: str, tasks: int, tra
 def child(folder: str, name: str, tasks: int, trainable: int | None) -> dict[str, int]:
     """What one variant needs; runs in a process of its own."""
     before = _resident("VmRSS")
-    node = STRATEGIES.get(name, "")
-    if name == "sequential":
-        assert trainable is not None
-        rank = max(1, round(trainable / lora_parameters(Path(folder))))
-        node, tasks = f"{{name: sequential, rank: {rank}, alpha: {2 * rank}}}", 1
+    node = STRATEGIES[name]
+    if trainable is not None:  # plain LoRA instead
+        rank = max(1, round(trainable / lora_parameters(Path(folder), COMPARED[name])))
+        lora = {"name": "sequential", "rank": rank, "alpha": 2 * rank, "targets": COMPARED[name]}
+        node, tasks = json.dumps(lora), 1
     model = Learnt(Path(folder), node, tasks)
     for _ in range(3):
         model.step()
@@ -186,11 +192,11 @@ def _resident(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith(f"{field}:")))
 
 
-def lora_parameters(folder: Path) -> int:
-    """Parameters of plain LoRA per unit of its rank, on every linear of the decoder."""
+def lora_parameters(folder: Path, targets: dict[str, list[str]]) -> int:
+    """Parameters of plain LoRA per unit of its rank."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder / "model"))
-    linears = (module for module in model.get_decoder().modules() if isinstance(module, torch.nn.Linear))
+    linears = (model.get_submodule(path) for path in find_targets(Towers.of(model), targets))
     return sum(linear.in_features + linear.out_features for linear in linears)
 
 

@@ -47,7 +47,7 @@ def find_row(split: TaskSplit, number: int) -> int | None:
 
 def _score(metric: AnswerMetric, split: TaskSplit, parts: list[Part], batch_size: int) -> float:
     """The score of answers that were given earlier, in the batches in which they were given."""
-    metric.sync_on_compute = False  # this process has the rows of all, and no other is here
+    metric.distributed_available_fn = lambda: False  # this process has the rows of all, and no other is here
     for part in parts:
         for start in range(0, len(part.rows), batch_size):
             rows = part.rows[start : start + batch_size]
