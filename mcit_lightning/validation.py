@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mcit_lightning.aliases import check_aliases
 from mcit_lightning.compilation import check_compile
 from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.engine import check_engine
+from mcit_lightning.engine import FSDP2, check_engine
 from mcit_lightning.evaluation.metrics import check_metric
 from mcit_lightning.instantiate import check_arguments, split_node
 from mcit_lightning.quantization import check_quantization
@@ -52,18 +52,26 @@ def validate(config: ExperimentConfig, source: str) -> None:
         _callbacks(config, strategy)
         if config.backbone.compile is not None:
             check_compile(config.backbone.compile, strategy, config.strategy["name"])
-            if config.trainer.get("strategy") == "fsdp2":
-                raise ValueError(
-                    "backbone.compile: was never tried with trainer.strategy fsdp2 and is refused; leave one out"
-                )
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))
         check_loggers(config.loggers)
         _trainer(config.trainer)
+        if config.trainer.get("strategy") == FSDP2:
+            _sharded(config, strategy)
         check_quantization(config, strategy)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _sharded(config: ExperimentConfig, strategy: ContinualStrategy) -> None:
+    if not strategy.shards:
+        raise ValueError(
+            f"trainer.strategy: 'fsdp2' is refused: strategy {config.strategy['name']!r} reads base weights, or looks at samples "
+            "outside of its training unequally often on the processes, which a sharded decoder does not allow; use ddp"
+        )
+    if config.backbone.compile is not None:
+        raise ValueError("backbone.compile: was never tried with trainer.strategy fsdp2 and is refused; leave one out")
 
 
 def build_strategy(node: Mapping[str, Any]) -> ContinualStrategy:

@@ -41,6 +41,10 @@ class ContinualStrategy(nn.Module):
     compiles: ClassVar[bool] = True
     """The decoder's layers can be compiled: no gate decides in Python, and no layer changes from batch to batch."""
 
+    shards: ClassVar[bool] = True
+    """Works where the decoder's weights are spread over processes (fsdp2): they are never read, and outside of training steps all
+    processes run the decoder equally often."""
+
     needs_base_gradients: bool = False
     """Something takes gradients of the frozen base weights, which a quantised base does not have."""
 

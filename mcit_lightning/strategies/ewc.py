@@ -56,6 +56,7 @@ class OnlineEWC(Sequential):
 
     Config = EWCConfig
     config: EWCConfig
+    shards = False
     review_batch_size = 1  # the square of a batch's gradient is not the sum of its samples' squares
 
     def __init__(self, config: EWCConfig) -> None:

@@ -63,6 +63,8 @@ class KeepLoRA(TaskLoRA):
 
     Config = KeepLoRAConfig
     config: KeepLoRAConfig
+    shards = False
+    needs_base_gradients = True
 
     def __init__(self, config: KeepLoRAConfig) -> None:
         super().__init__(config)
