@@ -79,12 +79,12 @@ def test_no_more_than_the_candidates_sums_and_one_gradient_are_alive(
     experiment: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted where a gradient arrives: no other parameter holds one, and only candidates have been given any."""
-    import mcit_lightning.probe as probe
+    import mcit_lightning.weight_gradients as weight_gradients
 
     module, strategy, stream = new_module(experiment())
     paths = strategy.candidates(module.towers)["language"]
     alive: list[int] = []
-    collect = probe._collect
+    collect = weight_gradients._collect
 
     def counting(*args: object) -> Callable[[Tensor], None]:
         inner = collect(*args)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ def test_no_more_than_the_candidates_sums_and_one_gradient_are_alive(
 
         return hook
 
-    monkeypatch.setattr(probe, "_collect", counting)
+    monkeypatch.setattr(weight_gradients, "_collect", counting)
     gradient_scores(module.towers, paths, stream.probe_loader(8), 8)
     assert len(alive) == 2 * len(paths) and set(alive) == {1}  # two batches
 

@@ -20,7 +20,15 @@ from mcit_lightning.runner import run
 from mcit_lightning.strategies import STRATEGIES
 from mcit_lightning.validation import build_strategy
 
-CALLBACKS = ("GradientProbe", "CurriculumRatio", "BudgetReallocation", "RouterSpawn", "BranchFreeze", "Consolidate")
+CALLBACKS = (
+    "GradientProbe",
+    "CurriculumRatio",
+    "BudgetReallocation",
+    "RouterSpawn",
+    "TaskPreview",
+    "BranchFreeze",
+    "Consolidate",
+)
 """Of the strategies, in the order in which they run."""
 
 

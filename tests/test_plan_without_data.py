@@ -126,7 +126,7 @@ def test_another_number_of_rows_than_published_is_said(smoke_config: Config, cap
     ("override", "said"),
     [
         ("tasks.skvg.published_rows={tran: 3}", "no split 'tran'. Did you mean 'train'?"),
-        ("tasks.skvg.published_rows={val: 0}", "published_rows.val: is 0, must be greater than 0"),
+        ("tasks.skvg.published_rows={val: 0}", "published_rows.val: is 0, must be a finite number greater than 0"),
         ("tasks.iconqa.min_new_tokens=11", "min_new_tokens: is 11, must be in [0, 10]"),
         ("tasks.iconqa.min_new_tokens=-1", "min_new_tokens: is -1, must be in [0, 10]"),
     ],

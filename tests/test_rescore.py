@@ -337,7 +337,7 @@ def test_tables_for_mathvista_and_mmt_bench(tmp_path: Path, capsys: pytest.Captu
     filled = pandas.read_csv(tmp_path / "out.tsv", sep="\t", dtype=str)
     assert filled.values.tolist() == [["0", "p", "C"], ["1", "0", "Z"]]
     for template, name, said in (
-        (gui, "ALL_2", "belongs to no row of .*ids are ALL_0 to ALL_1"),
+        (gui, "ALL_2", "belongs to no row of .*ids from ALL_0 on"),
         (table, "ALL_0", "has no column 'prediction'"),
         (tmp_path / "t.xlsx", "ALL_0", "is a spreadsheet. Save it as"),
     ):

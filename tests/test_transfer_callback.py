@@ -184,11 +184,11 @@ def test_a_whole_run(parts, capsys):
     for row, cost in enumerate(results.cost):
         assert (cost.stage, cost.folder, cost.row) == (TASKS[row], f"stage_{row + 1:02d}", row)
         assert (cost.trainable_params, cost.stored_params) == (2, 2)
-        assert cost.train_seconds > 0 and cost.eval_cost > 0 and cost.peak_memory_bytes > 2**20
+        assert cost.train_seconds > 0 and cost.eval_seconds > 0 and cost.peak_memory_bytes > 2**20
         assert cost.train_samples_per_second == pytest.approx(10 / cost.train_seconds)
         assert (cost.routing_seconds_per_sample, cost.generation_seconds_per_sample) == (0.5, 2.0)
         assert cost.first_routing_seconds_per_sample == (0.75 if cost.stage == TASKS[0] else None)
-        assert cost.eval_samples_per_second == pytest.approx(5 * (row + 1) / cost.eval_cost)
+        assert cost.eval_samples_per_second == pytest.approx(5 * (row + 1) / cost.eval_seconds)
 
     files = {
         str(path.relative_to(root / "predictions")) for path in (root / "predictions").rglob("*") if path.is_file()
@@ -281,7 +281,7 @@ def test_tasks_that_an_interrupted_evaluation_has_finished_are_kept(parts, point
     assert results.matrix.scores[1] == pytest.approx([100, 20])
     cost = results.cost[0]
     assert (cost.routing_seconds_per_sample, cost.generation_seconds_per_sample) == (0.5, 2.0)
-    assert cost.eval_samples_per_second == pytest.approx(10 / cost.eval_cost)
+    assert cost.eval_samples_per_second == pytest.approx(10 / cost.eval_seconds)
     assert sorted(path.name for path in (root / "predictions/stage_02").iterdir()) == ["a.jsonl", "b.jsonl"]
     assert list(read_predictions(root, "stage_02", "a")) == ROWS
 
