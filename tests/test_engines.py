@@ -51,7 +51,7 @@ JOBS = {
 }
 """Strategy -> experiment and overrides."""
 NOT_COMPARED = ("zero_shot", "keeplora")
-"""No weights; and weights that start at singular vectors, whose last ones are rounding where a tiny gradient has few directions."""
+"""No weights; and weights that start at singular vectors, the last of which are rounding where a gradient has few directions."""
 PAIRS = [(engine, name) for engine in ENGINES for name in JOBS if engine != "fsdp2" or STRATEGIES.get(name).shards]
 
 
