@@ -40,6 +40,8 @@ def configuration() -> str:
     parts += ["## Strategies", "`strategy.name` chooses the method; the other keys of `strategy` are its own."]
     for name in sorted(STRATEGIES):
         cls = STRATEGIES.get(name)
+        if not cls.__module__.startswith(f"{__package__}."):
+            continue  # registered by somebody's own file
         parts += [f"### `{name}`", _first_sentence(cls), *_table("strategy.", cls.Config)]
     return "\n\n".join(parts) + "\n"
 

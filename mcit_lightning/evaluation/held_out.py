@@ -46,6 +46,18 @@ class HeldOut:
         """Inverse of `to_dict`.
 
         Raises:
+            TypeError: a part of it is no mapping, or a score no number.
             ValueError: a stage is no number.
         """
-        return cls(values.get("metrics", {}), {int(stage): row for stage, row in values.get("scores", {}).items()})
+        _mapping(values)
+        metrics, scores = _mapping(values.get("metrics", {})), _mapping(values.get("scores", {}))
+        found = {
+            int(stage): {task: float(score) for task, score in _mapping(row).items()} for stage, row in scores.items()
+        }
+        return cls(metrics, found)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"held_out: {value!r} is no mapping")
+    return value

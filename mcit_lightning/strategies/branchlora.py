@@ -100,7 +100,7 @@ class BranchLoRA(MoELoRA):
 
     def add_experts(self, layer: AdapterLinear, path: str) -> None:
         """The branches of one module, with a shared trunk or an A each. Every B can freeze alone."""
-        self._add(layer, path, self.config.experts)
+        self._add(layer, path, self.config.experts - len(layer.lora_b))  # none where the plan was carried out before
 
     def _add(self, layer: AdapterLinear, path: str, number: int) -> None:
         trunk, there = "trunk" if self.config.shared_trunk else None, len(layer.lora_b)
