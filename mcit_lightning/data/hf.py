@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mcit_lightning.data.readers import Visit
+from mcit_lightning.data.readers import Visit, check_file
 from mcit_lightning.data.records import Split, did_you_mean
 
 if TYPE_CHECKING:
@@ -132,6 +132,8 @@ def read_dataset(
     base, _, asked = name.partition("@")
     chosen = asked or SPLITS[split]
     local = root / base
+    if local.suffix.lower() in BUILDERS:
+        check_file(local, key)  # no hub has a dataset of that name, and asking it takes minutes where it cannot be reached
     # A file, or a folder that `save_to_disk` wrote of one dataset.
     single = local.is_file() or (local / "state.json").is_file()
     if single and asked:
