@@ -132,8 +132,8 @@ def read_dataset(
     base, _, asked = name.partition("@")
     chosen = asked or SPLITS[split]
     local = root / base
-    if local.suffix.lower() in BUILDERS:
-        check_file(local, key)  # no hub has a dataset of that name, and asking it takes minutes where it cannot be reached
+    if local.suffix.lower() in BUILDERS:  # a hub, which has no such name, may take minutes to say so
+        check_file(local, key)
     # A file, or a folder that `save_to_disk` wrote of one dataset.
     single = local.is_file() or (local / "state.json").is_file()
     if single and asked:
