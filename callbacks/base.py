@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import lightning as L
+from torch import Tensor
 
 from mcit_lightning.module import MCITModule
 from mcit_lightning.stages import ZERO_SHOT, Stage
@@ -32,6 +33,13 @@ def require(callback: L.Callback, module: MCITModule, kind: type[S]) -> S:
             f"callback out of the list, or use {kind.__name__.lower()}"
         )
     return module.strategy
+
+
+def share_state(trainer: L.Trainer, module: MCITModule) -> None:
+    """Give rank zero's state of the strategy (routers, keys, subspaces) to all ranks. Collective."""
+    own = module.strategy.state_dict()
+    state = {name: value.cpu() for name, value in own.items() if isinstance(value, Tensor)}
+    module.strategy.load_state_dict(trainer.strategy.broadcast(state))
 
 
 class TaskCallback(L.Callback):

@@ -1,9 +1,8 @@
 """Start of a task: the strategy looks at some of its samples before it trains."""
 
 import lightning as L
-from torch import Tensor
 
-from callbacks.base import TaskCallback
+from callbacks.base import TaskCallback, share_state
 from callbacks.showing import show_samples
 from mcit_lightning.module import MCITModule
 from mcit_lightning.stages import Stage
@@ -27,6 +26,4 @@ class TaskPreview(TaskCallback):
             module.requires_grad_(False)
             show_samples(trainer, module, samples, lambda batch: module.strategy.preview(module.towers, batch, stage))
         module.strategy.begin_task(module.towers, stage)
-        own = module.strategy.state_dict()
-        state = {name: value.cpu() for name, value in own.items() if isinstance(value, Tensor)}
-        module.strategy.load_state_dict(trainer.strategy.broadcast(state))
+        share_state(trainer, module)

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.base import TaskCallback
+from callbacks.base import TaskCallback, share_state
 from callbacks.probe import batches, to_device
 from mcit_lightning.module import MCITModule
 from mcit_lightning.sharding import lockstep
@@ -56,8 +56,7 @@ class RouterSpawn(TaskCallback):
         features = _of_all_ranks(trainer, torch.cat(parts), samples)
         report = module.strategy.fit_router(stage, features)
         # every rank has fitted the same numbers; rank zero's result makes them the same to the last bit
-        state = {name: value.cpu() for name, value in module.strategy.state_dict().items() if isinstance(value, Tensor)}
-        module.strategy.load_state_dict(trainer.strategy.broadcast(state))
+        share_state(trainer, module)
         cost = module.results.cost_row(stage.name, stage.folder, stage.row)
         cost.router_seconds = time.perf_counter() - began
         if trainer.is_global_zero:

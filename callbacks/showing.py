@@ -6,8 +6,10 @@ from typing import Any
 import lightning as L
 import torch
 
+from callbacks.probe import batches, to_device
 from mcit_lightning.loss import Batch
 from mcit_lightning.module import MCITModule
+from mcit_lightning.probe import evaluate_with_checkpointing
 
 
 def show_samples(
@@ -19,8 +21,7 @@ def show_samples(
 ) -> None:
     """Give a fixed random part of the stage's training samples to a function, sharded over ranks.
 
-    The model computes as in evaluation. With activation checkpointing it has to be in training mode, because transformers skips
-    recomputation otherwise; the adapters' dropout is off all the same.
+    The model computes as in evaluation, and recomputes activations where that is configured.
 
     Args:
         samples: how many, over all ranks.
@@ -28,12 +29,10 @@ def show_samples(
         batch_size: samples per batch; None for the stage's.
     """
     stream: Any = trainer.datamodule  # type: ignore[attr-defined]
-    module.to(trainer.strategy.root_device)
-    module.model.train(module.config.backbone.activation_checkpointing)
-    for layer in module.towers.adapters.values():
-        layer.dropout.eval()
+    to_device(trainer, module)
+    evaluate_with_checkpointing(module.model)
     with torch.enable_grad():
-        for batch in stream.probe_loader(samples, batch_size):
+        for batch in batches(trainer, stream.probe_loader(samples, batch_size)):
             with trainer.precision_plugin.forward_context():
-                see(trainer.strategy.batch_to_device(batch))
+                see(batch)
     module.model.eval()

@@ -11,7 +11,7 @@ Shapes: B batch, S tokens, E branches (gates, to be exact), r rank, d_in and d_o
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -245,10 +245,7 @@ class AdapterLinear(nn.Module):
         """[sum of ranks], as `branch_index` for some of the branches."""
         key = (names, self.branch_index.device)
         if key not in self._owners:
-            parts = [(name, self.lora_b[name].shape[1] // self.gates_of[name]) for name in names]
-            ranks = [rank for name, rank in parts for _ in range(self.gates_of[name])]
-            owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
-            self._owners[key] = torch.tensor(owner, device=key[1])
+            self._owners[key] = torch.tensor(_owners(self._ranks(names)), device=key[1])
         return self._owners[key]
 
     def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
@@ -298,15 +295,21 @@ class AdapterLinear(nn.Module):
             starts[trunk] = start
             start += parameter.shape[0]
         columns = [starts[self.trunk_of[name]] + i for name, b in self.lora_b.items() for i in range(b.shape[1])]
-        ranks = [
-            b.shape[1] // self.gates_of[name] for name, b in self.lora_b.items() for _ in range(self.gates_of[name])
-        ]
-        owner = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+        ranks = self._ranks(self.lora_b)
         self._used, self._owners = None, {}
         self._equal_ranks = len(set(ranks)) == 1
         self._own_trunks = columns == list(range(start))  # the columns of A_cat are those of B_cat
         self.trunk_columns = torch.tensor(columns, dtype=torch.long, device=device)
-        self.branch_index = torch.tensor(owner, dtype=torch.long, device=device)
+        self.branch_index = torch.tensor(_owners(ranks), dtype=torch.long, device=device)
+
+    def _ranks(self, names: Iterable[str]) -> list[int]:
+        """Rank of every gate of the branches, in their order."""
+        return [self.lora_b[name].shape[1] // self.gates_of[name] for name in names for _ in range(self.gates_of[name])]
+
+
+def _owners(ranks: list[int]) -> list[int]:
+    """For each column of the joined branches, the number of the gate that weighs it."""
+    return [gate for gate, rank in enumerate(ranks) for _ in range(rank)]
 
 
 def _draw(

@@ -27,6 +27,8 @@ from transformers import (
     LlavaProcessor,
 )
 
+from mcit_lightning.evaluation.files import check_new_folder
+
 logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "mm_projector.bin"
@@ -56,8 +58,7 @@ def assemble(language: str, vision: str, projector: str, out: Path) -> None:
     Raises:
         ValueError: `out` is in use, a part cannot be loaded, or the parts do not fit together.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out: {out} is not empty; give a new folder, or delete what is there")
+    check_new_folder(out)
     weights = read_projector(projector)
     text = _load(AutoModelForCausalLM, language, "--language", dtype="auto")
     tower = _load(CLIPVisionModel, vision, "--vision", dtype="auto")

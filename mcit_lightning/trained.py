@@ -4,8 +4,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from mcit_lightning.backbone import load_backbone
 from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
@@ -74,8 +72,3 @@ def load_trained(root: Path, stage: str | None = None) -> Trained:
         raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     logger.info("%s after stage %s", root, chosen.name)
     return Trained(module.eval(), config, chosen, root)
-
-
-def resolved_text(config: ExperimentConfig) -> str:
-    """The strategy's part of the configuration as YAML, for people to read."""
-    return yaml.safe_dump(dict(config.strategy), sort_keys=False)

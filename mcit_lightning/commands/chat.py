@@ -58,14 +58,13 @@ def answer(trained: "Trained", question: str, images: list[Path], max_new_tokens
     """
     import torch
 
-    from mcit_lightning.data.collate import EvalCollator
+    from mcit_lightning.data.collate import EvalCollator, ReadsSamples
     from mcit_lightning.data.records import Sample
     from mcit_lightning.generation import generate_answers
 
     module, config = trained.module, trained.config
     collator = EvalCollator(module.processor, config.prompt)
-    reader = getattr(module.strategy, "sample_reader", None)
-    collator.reader = reader() if reader is not None else None
+    collator.reader = module.strategy.sample_reader() if isinstance(module.strategy, ReadsSamples) else None
     pictures = tuple(str(path.absolute()) for path in images)
     batch: dict[str, Any] = collator([Sample("0", "", pictures, (("user", question),))])
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=module.model.dtype == torch.bfloat16)

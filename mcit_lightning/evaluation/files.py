@@ -13,6 +13,16 @@ CHECKSUM = "sha256"
 """Key under which `checked_json` keeps the checksum."""
 
 
+def check_new_folder(out: Path) -> None:
+    """Refuse a folder that a command's `--out` must not write into.
+
+    Raises:
+        ValueError: there is something already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} is not empty; give a new folder, or delete what is there")
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace `path` with `content`. Raises as `replacing`."""
     with replacing(path) as file:

@@ -26,16 +26,16 @@ class HeldOut:
         """Task -> score after a stage; empty before it."""
         return self.scores.get(stage, {})
 
+    def text(self, stage: int, task: str) -> str:
+        """The score after a stage for reading, with the change against the pretrained model; a dash where there is none."""
+        score, before = self.row(stage).get(task), self.row(0).get(task)
+        change = score - before if stage and score is not None and before is not None else None
+        return number_text(score) if change is None else f"{number_text(score)} ({number_text(change, signed=True)})"
+
     def retention(self, row: int | None) -> dict[str, str]:
-        """Task -> score after the stage that filled a row of the matrix (None: before training), with the change since then."""
-        now, before = self.row(0 if row is None else row + 1), self.row(0)
-        texts = {}
-        for task, score in now.items():
-            change = (
-                f" ({number_text(score - before[task], signed=True)})" if row is not None and task in before else ""
-            )
-            texts[task] = f"{number_text(score)}{change}"
-        return texts
+        """Task -> `text` after the stage that filled a row of the matrix (None: before training)."""
+        stage = 0 if row is None else row + 1
+        return {task: self.text(stage, task) for task in self.row(stage)}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -2,7 +2,6 @@
 
 from html import escape
 
-from mcit_lightning.evaluation.formatting import NONE, number_text
 from mcit_lightning.evaluation.page import line_table, section
 from mcit_lightning.evaluation.results import Results
 
@@ -12,14 +11,13 @@ def held_out_section(results: Results) -> str:
     tasks = list(results.held_out.metrics)
     if not tasks or not results.held_out.scores:
         return ""
-    before = results.held_out.row(0)
-    rows = []
-    for stage, scores in sorted(results.held_out.scores.items()):
-        cells = []
-        for task in tasks:
-            change = f" ({number_text(scores[task] - before[task], signed=True)})" if stage and task in before else ""
-            cells.append(f"{number_text(scores[task])}{change}" if task in scores else NONE)
-        rows.append(("Before training" if stage == 0 else results.row_name(stage - 1), cells))
+    rows = [
+        (
+            "Before training" if stage == 0 else results.row_name(stage - 1),
+            [results.held_out.text(stage, t) for t in tasks],
+        )
+        for stage in sorted(results.held_out.scores)
+    ]
     why = (
         "Scores on tasks that are never trained, in percent, and their change against the pretrained model: what the sequence "
         "costs in general ability."

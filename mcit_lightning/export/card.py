@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from mcit_lightning import __version__
-from mcit_lightning.trained import Trained, resolved_text
+from mcit_lightning.trained import Trained
 
 PAPERS = {
     "branchlora": "Zhang et al., Enhancing Multimodal Continual Instruction Tuning with BranchLoRA, ACL 2025, arXiv 2506.02041",
@@ -43,7 +43,7 @@ def write_card(trained: Trained, folder: Path, *, adapter: str | None = None, me
         _loading(base, merged=merged),
         *_scores(trained),
         "## Training",
-        f"```yaml\n{resolved_text(config)}```",
+        f"```yaml\n{yaml.safe_dump(dict(config.strategy), sort_keys=False)}```",
     ]
     if paper := PAPERS.get(str(config.strategy["name"])):
         lines += [f"Method: {paper}."]

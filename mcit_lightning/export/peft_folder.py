@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mcit_lightning.adapters import AdapterLinear
+from mcit_lightning.evaluation.files import check_new_folder
 from mcit_lightning.export.card import write_card
 from mcit_lightning.trained import Trained
 
@@ -57,8 +58,7 @@ def use_folder(out: Path) -> None:
     Raises:
         ValueError: it is in use.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out} is not empty; give a new folder, or delete what is there")
+    check_new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from mcit_lightning.adapters import AdapterLinear
-from mcit_lightning.clip_keys import CLIPKeyEncoder
-from mcit_lightning.data.collate import SampleReader
 from mcit_lightning.gates import GateState
-from mcit_lightning.key_encoders import Embeddings, KeyEncoder, TowerEncoder
+from mcit_lightning.key_encoders import Embeddings
 from mcit_lightning.loss import Batch, LossOutput, answer_loss, prompt_mask
 from mcit_lightning.plans import FreezeRecord, TaskPlan
 from mcit_lightning.selector import TaskSelector
 from mcit_lightning.stages import Stage
 from mcit_lightning.strategies.base import STRATEGIES
 from mcit_lightning.strategies.branchlora_config import BranchLoRAConfig
+from mcit_lightning.strategies.key_encoded import KeyEncoded
 from mcit_lightning.strategies.moelora import INIT_STD, ROUTER, MoELoRA, set_gates
 from mcit_lightning.task_projectors import TaskProjectors
 from mcit_lightning.tiles import image_tokens, tile_owners
@@ -26,7 +25,7 @@ from mcit_lightning.towers import Towers
 
 
 @STRATEGIES.register("branchlora")
-class BranchLoRA(MoELoRA):
+class BranchLoRA(KeyEncoded, MoELoRA):
     """A trunk A and N branches B of rank r / N per module; task-specific routers pick the top-k branches.
 
         y = W0 x + (alpha / r) sum_{i in S_t} g_i B_i A x,    g, S_t = softmax over the top k of R_t z
@@ -49,7 +48,6 @@ class BranchLoRA(MoELoRA):
         self._choice: Tensor | None = None
         self._found: Tensor | None = None
         self._embedded: Embeddings | None = None
-        self._encoder: KeyEncoder | None = None
 
     def get_extra_state(self) -> Tensor:
         """Number of batches that got noise; kept beside the weights, and on the CPU, where it is needed."""
@@ -67,26 +65,6 @@ class BranchLoRA(MoELoRA):
     def uses_keys(self) -> bool:
         """Whether a sample's task is found by keys."""
         return self.config.task_routers and self.config.selector != "oracle"
-
-    def check(self, towers: Towers, stages: list[Stage]) -> None:
-        """Look for the targets, and load the key encoder. Raises ValueError where one of them is not there."""
-        super().check(towers, stages)
-        self.key_encoder()
-
-    def key_encoder(self) -> KeyEncoder:
-        """What makes the embeddings of the keys; loaded at the first call.
-
-        Raises:
-            ValueError: `key_encoder` names no CLIP model.
-        """
-        if self._encoder is None:
-            name = self.config.key_encoder
-            self._encoder = TowerEncoder() if name is None else CLIPKeyEncoder(name)
-        return self._encoder
-
-    def sample_reader(self) -> SampleReader | None:
-        """What the key encoder wants to know of the samples."""
-        return self.key_encoder().reader
 
     @property
     def rank(self) -> int:

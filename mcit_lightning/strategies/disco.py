@@ -51,7 +51,7 @@ class DISCO(KeyedTaskLoRA):
     config: DISCOConfig
 
     def __init__(self, config: DISCOConfig) -> None:
-        super().__init__(config, config.key_encoder)
+        super().__init__(config)
         self._weights: Tensor | None = None
 
     def grow(self, towers: Towers, plan: TaskPlan) -> None:

@@ -62,7 +62,7 @@ class HiDeLLaVA(KeyedTaskLoRA):
     config: HiDeConfig
 
     def __init__(self, config: HiDeConfig) -> None:
-        super().__init__(config, config.key_encoder)
+        super().__init__(config)
         self._weights: Tensor | None = None
 
     def plan(self, stage: Stage, towers: Towers) -> TaskPlan:

@@ -3,50 +3,25 @@
 import torch
 from torch import Tensor
 
-from mcit_lightning.clip_keys import CLIPKeyEncoder
-from mcit_lightning.data.collate import SampleReader
-from mcit_lightning.key_encoders import KeyEncoder, TowerEncoder
 from mcit_lightning.loss import Batch
 from mcit_lightning.plans import TaskPlan
 from mcit_lightning.selector import TaskSelector
-from mcit_lightning.stages import Stage
+from mcit_lightning.strategies.key_encoded import KeyEncoded
 from mcit_lightning.strategies.sequential import LoRAConfig
 from mcit_lightning.strategies.task_lora import TaskLoRA
 from mcit_lightning.towers import Towers
 
 
-class KeyedTaskLoRA(TaskLoRA):
+class KeyedTaskLoRA(KeyEncoded, TaskLoRA):
     """Collects the mean embedding of each task's images and questions while it trains, and compares samples with it.
 
     Args:
-        config: the method's hyper-parameters.
-        key_encoder: a CLIP checkpoint for the embeddings; None takes the model's own vision tower and input embeddings.
+        config: the method's hyper-parameters, `key_encoder` among them.
     """
 
-    def __init__(self, config: LoRAConfig, key_encoder: str | None) -> None:
+    def __init__(self, config: LoRAConfig) -> None:
         super().__init__(config)
         self.selector = TaskSelector()
-        self._encoder_name = key_encoder
-        self._encoder: KeyEncoder | None = None
-
-    def check(self, towers: Towers, stages: list[Stage]) -> None:
-        """Look for the targets, and load the key encoder. Raises ValueError where one of them is not there."""
-        super().check(towers, stages)
-        self.key_encoder()
-
-    def key_encoder(self) -> KeyEncoder:
-        """What makes the embeddings of the keys; loaded at the first call.
-
-        Raises:
-            ValueError: `key_encoder` names no CLIP model.
-        """
-        if self._encoder is None:
-            self._encoder = TowerEncoder() if self._encoder_name is None else CLIPKeyEncoder(self._encoder_name)
-        return self._encoder
-
-    def sample_reader(self) -> SampleReader | None:
-        """What the key encoder wants to know of the samples."""
-        return self.key_encoder().reader
 
     def grow(self, towers: Towers, plan: TaskPlan) -> None:
         """The stage's LoRA and keys."""

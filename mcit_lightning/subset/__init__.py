@@ -16,7 +16,7 @@ from mcit_lightning.composition import compose
 from mcit_lightning.config import DataConfig, ExperimentConfig
 from mcit_lightning.data.records import Sample, Split
 from mcit_lightning.data.splits import open_split
-from mcit_lightning.evaluation.files import write_atomic
+from mcit_lightning.evaluation.files import check_new_folder, write_atomic
 from mcit_lightning.loading import experiments_dir
 from mcit_lightning.subset.sources import Target, write_references, write_split
 from mcit_lightning.verify.rows import data_root
@@ -60,8 +60,7 @@ def write_subset(config: ExperimentConfig, source: Path, overrides: Iterable[str
         OSError: `out` cannot be written.
     """
     out = Path(os.path.abspath(out.expanduser()))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out: {out} is not empty; give a new folder, or delete what is there")
+    check_new_folder(out)
     data, root = _limited(config.data, rows), data_root(config)
     target, written = Target(out), Subset(out / f"{config.name}_sample.yaml", {}, 0, 0)
     changed: dict[str, dict[str, Any]] = {}
