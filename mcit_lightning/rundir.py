@@ -213,7 +213,12 @@ class RunDirectory:
 
         Lightning would load the latter, in every fit and test, in place of what the run gives it.
         """
-        for path in [*self.root.glob("**/.*.tmp"), *self.root.glob("predictions/**/.*.part")]:
+        left = [*self.root.glob("**/.*.tmp")]
+        if not (
+            self.root / "state.json"
+        ).is_file():  # of a run that continues, they are what its evaluation has finished
+            left += self.root.glob("predictions/**/.*.part")
+        for path in left:
             path.unlink(missing_ok=True)
         for path in self.root.glob("*/hpc_ckpt_*"):
             kept = path.with_name(f"unused_{path.name.replace('hpc_ckpt_', 'requeue_')}")
