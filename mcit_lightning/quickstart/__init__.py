@@ -23,7 +23,9 @@ REVISION = 3
 TASKS = ("digits", "textures", "emoji", "charts", "icons", "flags")
 
 
-def prepare(root: Path, *, seed: int = 0, train: int = 480, val: int = 40, test: int = 100) -> None:
+def prepare(
+    root: Path, *, seed: int = 0, train: int = 480, val: int = 40, test: int = 100, language_layers: int | None = None
+) -> None:
     """Write the model to `root/model` and the six tasks beside it, once.
 
     A later call only checks the files against `root/manifest.json` and writes them anew if they differ, or if they
@@ -35,22 +37,25 @@ def prepare(root: Path, *, seed: int = 0, train: int = 480, val: int = 40, test:
         train: Training samples per task.
         val: Validation samples per task.
         test: Test samples per task.
+        language_layers: Cut the language model down to its first layers and its last, this many in all, for runs that
+            must be cheap; None keeps all 30. Give each depth a `data.root` of its own.
 
     Raises:
+        ValueError: The language model does not have that many layers.
         ModuleNotFoundError: A package of the quickstart is missing; the message has the command to install it.
     """
     counts = {"train": train, "val": val, "test": test}
-    options = {"seed": seed, "counts": counts}
+    options = {"seed": seed, "counts": counts, "language_layers": language_layers}
     fingerprint = {"what": "quickstart", "revision": REVISION, **options, "packages": installed_versions()}
-    build_once(Path(root), fingerprint, lambda folder: _build(folder, counts, seed))
+    build_once(Path(root), fingerprint, lambda folder: _build(folder, counts, seed, language_layers))
 
 
-def _build(folder: Path, counts: Mapping[str, int], seed: int) -> None:
+def _build(folder: Path, counts: Mapping[str, int], seed: int, language_layers: int | None) -> None:
     from mcit_lightning.quickstart.layout import write_tasks
     from mcit_lightning.quickstart.model import write_model
 
     write_tasks(folder, _tasks(counts, seed))
-    write_model(folder / "model", seed)
+    write_model(folder / "model", seed, language_layers)
 
 
 def _tasks(counts: Mapping[str, int], seed: int) -> Iterator[Task]:

@@ -35,12 +35,25 @@ _NAMES = {
 
 
 class SmolLM2:
-    """The three things a GGUF file holds: configuration, weights and tokenizer."""
+    """The three things a GGUF file holds: configuration, weights and tokenizer.
 
-    def __init__(self, gguf_file: Path) -> None:
+    Args:
+        gguf_file: the file.
+        layers: keep this many decoder layers, the first ones and the last; None keeps all.
+
+    Raises:
+        ValueError: the file does not have that many layers.
+    """
+
+    def __init__(self, gguf_file: Path, layers: int | None = None) -> None:
         from gguf import GGUFReader
 
         self.reader = GGUFReader(str(gguf_file))
+        depth: int = self._get("llama.block_count")
+        if layers is not None and not 2 <= layers <= depth:
+            raise ValueError(f"language_layers: {layers} is not a number from 2 to {depth}, the model's depth")
+        kept = range(depth) if layers is None else (*range(layers - 1), depth - 1)
+        self._position = {layer: position for position, layer in enumerate(kept)}
 
     def _get(self, key: str) -> Any:
         return self.reader.fields[key].contents()
@@ -54,7 +67,7 @@ class SmolLM2:
             vocab_size=self._get("llama.vocab_size"),
             hidden_size=width,
             intermediate_size=self._get("llama.feed_forward_length"),
-            num_hidden_layers=self._get("llama.block_count"),
+            num_hidden_layers=len(self._position),
             num_attention_heads=heads,
             num_key_value_heads=self._get("llama.attention.head_count_kv"),
             head_dim=width // heads,
@@ -77,13 +90,15 @@ class SmolLM2:
         }
         weights = {}
         for entry in self.reader.tensors:
-            value = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
             block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", entry.name)
+            if block is not None and int(block[1]) not in self._position:
+                continue
+            value = torch.from_numpy(dequantize(entry.data, entry.tensor_type).copy())
             if block is None:
                 name = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}[entry.name]
             else:
                 layer, part = block.groups()
-                name = f"layers.{layer}.{_NAMES[part]}.weight"
+                name = f"layers.{self._position[int(layer)]}.{_NAMES[part]}.weight"
                 if part in heads:
                     value = _unpermute(value, heads[part])
             weights[name] = value

