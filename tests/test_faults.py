@@ -126,6 +126,26 @@ def test_slurms_signal_before_the_limit_reaches_every_task(
     assert dumps(tmp_path / "dump_run") == whole(2)
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_passes_a_signal_on(
+    sent: signal.Signals, smoke_root: Path, tmp_path: Path, whole: Callable[[int], dict[str, object]]
+) -> None:
+    handled = ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=300"]
+    started = command(
+        smoke_root,
+        tmp_path / "run",
+        *SMALL,
+        launch=("-m", "torch.distributed.run", "--nproc-per-node=2", *handled, "-m", "mcit_lightning"),
+    )
+    wait_for(tmp_path / "run/stage_02/last.ckpt", started)
+    started.send_signal(sent)
+    output, _ = started.communicate(timeout=300)
+    assert started.returncode != 0 and f"stopped by {sent.name}; the same command continues the run" in output, output
+    assert (tmp_path / "run/stage_02/last.ckpt").exists() and not (tmp_path / "run/stage_02/final.ckpt").exists()
+    finish(command(smoke_root, tmp_path / "run", *SMALL, "trainer.devices=2"))  # whoever starts the processes
+    assert dumps(tmp_path / "dump_run") == whole(2)
+
+
 @pytest.mark.parametrize(
     "launch", [("-m", "mcit_lightning"), ("-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mcit_lightning")]
 )
