@@ -35,6 +35,13 @@ def require(callback: L.Callback, module: MCITModule, kind: type[S]) -> S:
     return module.strategy
 
 
+def save_results(trainer: L.Trainer, module: MCITModule) -> None:
+    """Write what is known so far, on rank zero. What was measured before or in a training is known only to this process, and a
+    killed run does not measure it again."""
+    if trainer.is_global_zero:
+        module.results.save(Path(trainer.default_root_dir).parent)
+
+
 def share_state(trainer: L.Trainer, module: MCITModule) -> None:
     """Give rank zero's state of the strategy (routers, keys, subspaces) to all ranks. Collective."""
     own = module.strategy.state_dict()

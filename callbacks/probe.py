@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.base import TaskCallback, require
+from callbacks.base import TaskCallback, require, save_results
 from mcit_lightning.module import MCITModule
 from mcit_lightning.probe import evaluate_with_checkpointing, gradient_scores, parts
 from mcit_lightning.stages import Stage
@@ -57,6 +57,7 @@ class GradientProbe(TaskCallback):
         module.model.eval()
         cost = module.results.cost_row(stage.name, stage.folder, stage.row)
         cost.proxy_seconds = time.perf_counter() - began
+        save_results(trainer, module)
         if trainer.is_global_zero:
             logger.info(
                 "stage %s: gradients of %d modules over %d samples in %.1f s",

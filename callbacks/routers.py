@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.base import TaskCallback, share_state
+from callbacks.base import TaskCallback, save_results, share_state
 from callbacks.probe import batches, to_device
 from mcit_lightning.module import MCITModule
 from mcit_lightning.sharding import lockstep
@@ -59,6 +59,7 @@ class RouterSpawn(TaskCallback):
         share_state(trainer, module)
         cost = module.results.cost_row(stage.name, stage.folder, stage.row)
         cost.router_seconds = time.perf_counter() - began
+        save_results(trainer, module)
         if trainer.is_global_zero:
             text = ", ".join(f"{name} {value:.4g}" for name, value in report.items())
             logger.info("stage %s: router of %d samples in %.1f s: %s", stage.name, samples, cost.router_seconds, text)

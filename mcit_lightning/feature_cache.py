@@ -39,16 +39,18 @@ def picture_keys(inputs: Mapping[str, Any]) -> list[str] | None:
 class FeatureStore:
     """One file per picture; a file is there whole or not at all, and a damaged one counts as not there.
 
-    Several processes may share the folder. When the limit is reached, or the disk is full, nothing more is written.
+    Several processes may share the folder. Each may fill an equal part of what the limit leaves when it begins, so all of them
+    together never pass it. When that is full, or the disk is, nothing more is written.
 
     Args:
         folder: where the files are; made when the first is written.
-        limit: bytes that this process may add, those that were there before included.
+        limit: bytes that all processes may have there.
+        processes: how many share the folder.
     """
 
-    def __init__(self, folder: Path, limit: int) -> None:
+    def __init__(self, folder: Path, limit: int, processes: int = 1) -> None:
         self.folder, self.limit = folder, limit
-        self.size = sum(file.stat().st_size for file in folder.glob("*/*.st")) if folder.is_dir() else 0
+        self._left = (limit - _size(folder)) // processes
         self._closed = False
 
     def get(self, key: str) -> dict[str, Tensor]:
@@ -73,15 +75,15 @@ class FeatureStore:
             return
         content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
         path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        if self.size + len(content) > self.limit:
-            self._close(f"{self.limit / 2**30:.1f} GiB are used (data.feature_cache_gb)")
+        temporary = path.with_name(f".{key}.{os.getpid()}.tmp")  # deleted when a killed run continues
+        if DIGEST + len(content) > self._left:
+            self._close(f"this process's part of {self.limit / 2**30:.1f} GiB is used (data.feature_cache_gb)")
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(_digest(content) + content)
             os.replace(temporary, path)
-            self.size += DIGEST + len(content)
+            self._left -= DIGEST + len(content)
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink()
@@ -193,17 +195,32 @@ def why_not(towers: Towers, targets: Mapping[str, Sequence[str]]) -> str:
     return ""
 
 
-def attach(towers: Towers, folder: Path, limit: int) -> CachedTower:
-    """Put a `CachedTower` in the place of the vision tower, or return the one that is there."""
+def attach(towers: Towers, folder: Path, limit: int, processes: int) -> CachedTower:
+    """Put a `CachedTower` in the place of the vision tower, or return the one that is there.
+
+    Args:
+        folder: of the store that all processes share.
+        limit: bytes of it, over all processes.
+        processes: how many there are.
+    """
     tower = towers.model.get_submodule(towers.vision)
     if isinstance(tower, CachedTower):
         return tower
     layer = getattr(towers.model.config, "vision_feature_layer", None)
     layers = [] if layer is None else [layer] if isinstance(layer, int) else list(layer)
-    cached = CachedTower(tower, FeatureStore(folder, limit), layers)
+    cached = CachedTower(tower, FeatureStore(folder, limit, processes), layers)
     parent, _, name = towers.vision.rpartition(".")
     setattr(towers.model.get_submodule(parent), name, cached)
     return cached
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a store; another process may delete a damaged one meanwhile."""
+    size = 0
+    for file in folder.glob("*/*.st"):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return size
 
 
 def _digest(content: bytes) -> bytes:

@@ -150,8 +150,11 @@ class MCITModule(L.LightningModule):
         if reason and wanted == "always":
             raise ValueError(f"data.feature_cache: is 'always', but {reason}. Set it to auto or never")
         if not reason:
-            limit = self.config.data.feature_cache_gb * 2**30 / self.trainer.world_size
-            self.tower_cache = attach(self.towers, Path(self.trainer.default_root_dir).parent / "features", int(limit))
+            folder, limit = (
+                Path(self.trainer.default_root_dir).parent / "features",
+                self.config.data.feature_cache_gb * 2**30,
+            )
+            self.tower_cache = attach(self.towers, folder, int(limit), self.trainer.world_size)
 
     def _pictures(self, batch: Batch, *, again: bool = True) -> AbstractContextManager[None]:
         """Context in which pictures that are seen again come from the cache, if there is one."""

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -51,7 +52,8 @@ def validate(config: ExperimentConfig, source: str) -> None:
         strategy = build_strategy(config.strategy)
         _callbacks(config, strategy)
         if config.backbone.compile is not None:
-            check_compile(config.backbone.compile, strategy, config.strategy["name"])
+            on_cpu = config.trainer.get("accelerator") == "cpu" or not torch.cuda.is_available()
+            check_compile(config.backbone.compile, strategy, config.strategy["name"], on_cpu=on_cpu)
         if config.prepare is not None:
             target, kwargs = split_node(config.prepare, "prepare")
             check_arguments(target, kwargs, "prepare", given=("root",))

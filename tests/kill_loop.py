@@ -14,13 +14,13 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
+from processes import free_port
 from smoke_runs import assert_same_run, small_experiment
 
 from mcit_lightning.smoke import prepare
@@ -39,10 +39,7 @@ LOADED_LATE = (
 
 def start(smoke_root: Path, out: Path, devices: int, workers: int) -> list[int]:
     """Fork the processes of a life; returns their ids."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    ids = []
+    ids, port = [], free_port()
     for rank in range(devices):
         child = os.fork()
         if child == 0:

@@ -1,11 +1,14 @@
 """Python code on several processes of this machine, which find each other as ranks of one gloo group."""
 
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,11 +33,13 @@ class Started:
 
 
 def free_port() -> int:
-    """A port on which nothing listens now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-    return port
+    """A port on which nothing listens now. It is none of those from which the system takes one for every connection that is
+    opened: such a one could be in use a moment later."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def start_ranks(code: str, world: int, folder: Path, **variables: str) -> list[Started]:
@@ -61,6 +66,22 @@ def start(command: list[str], folder: Path, **variables: str) -> Started:
     return Started(
         subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True, cwd=folder), log
     )
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it and its children have started, the oldest first."""
+    found = [pid]
+    for parent in found:
+        with suppress(FileNotFoundError):
+            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return found
+
+
+def send(pids: list[int], signum: signal.Signals) -> None:
+    """Send a signal to each process that is still there."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signum)
 
 
 def wait_for(started: list[Started], seconds: int) -> None:

@@ -244,6 +244,27 @@ def test_llava_presets_normalise_padding_to_zero(checkpoint: Any) -> None:
     assert mean_colour(load_processor(BackboneConfig(id=checkpoint("llava")))) == (122, 116, 104)
 
 
+def file_pages(model: nn.Module) -> list[bool]:
+    """For each parameter, whether it lies in pages of a safetensors file, which all processes share."""
+    regions = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        ends, *_, name = [*line.split(maxsplit=5), ""][:6]
+        first, _, last = ends.partition("-")
+        regions.append((int(first, 16), int(last, 16), name.endswith(".safetensors")))
+    return [
+        next(file for first, last, file in regions if first <= parameter.data_ptr() < last)
+        for parameter in model.parameters()
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_a_base_in_its_stored_type_is_not_copied_by_each_process(smoke_root: Path) -> None:
+    own = load_backbone(BackboneConfig(id=str(smoke_root / "model")), precision="32-true").model
+    assert all(file_pages(own)) and own.dtype == torch.float32
+    converted = load_backbone(BackboneConfig(id=str(smoke_root / "model")), precision="bf16-mixed").model
+    assert not any(file_pages(converted)) and converted.dtype == torch.bfloat16
+
+
 def test_a_missing_package_is_named(checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise ImportError("Package `num2words` is required to run SmolVLM processor.\nInstall it.")

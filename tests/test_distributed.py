@@ -18,8 +18,22 @@ CALLBACKS = (
 )
 
 
+def overrides(smoke_root: Path, out: Path) -> list[str]:
+    """What makes the smoke experiment small, and its ranks write down what they hold beside the run directory."""
+    return [
+        f"data.root={smoke_root}",
+        "prepare=null",
+        f"out={out}",
+        "data.eval_batch_size=2",
+        "data.limit_test=7",
+        "trainer.accelerator=cpu",
+        "trainer.enable_progress_bar=false",
+        CALLBACKS.format(folder=out.parent / f"dump_{out.name}"),
+    ]
+
+
 def command(
-    smoke_root: Path, out: Path, *overrides: str, launch: tuple[str, ...] = ("-m", "mcit_lightning")
+    smoke_root: Path, out: Path, *more: str, launch: tuple[str, ...] = ("-m", "mcit_lightning")
 ) -> subprocess.Popen[str]:
     """Start the command line on the smoke experiment, in a process group of its own."""
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
@@ -29,19 +43,8 @@ def command(
         "OMP_NUM_THREADS": "1",
         "MCIT_CACHE": str(smoke_root.parent / "cache"),
     }
-    arguments = [
-        f"data.root={smoke_root}",
-        "prepare=null",
-        f"out={out}",
-        "data.eval_batch_size=2",
-        "data.limit_test=7",
-        "trainer.accelerator=cpu",
-        "trainer.enable_progress_bar=false",
-        CALLBACKS.format(folder=out.parent / f"dump_{out.name}"),
-        *overrides,
-    ]
     return subprocess.Popen(
-        [sys.executable, *launch, "smoke", *arguments],
+        [sys.executable, *launch, "smoke", *overrides(smoke_root, out), *more],
         start_new_session=True,
         env=environment,
         stdout=subprocess.PIPE,

@@ -133,11 +133,17 @@ def test_killed_and_resumed_equals_uninterrupted(
     import kill
 
     config = experiment(tmp_path / "run")
+    spent = {}
     for point in (("batch", 0, 1), ("batch", 1, 4), ("end", 1), ("batch", 2, 1), ("test", 2, 1)):
         monkeypatch.setattr(kill, "POINT", point)
         with pytest.raises(kill.Killed):
             run(config)
+        row = Results.load(tmp_path / "run").cost[-1]  # of the stage that was killed, in the middle of its training
+        assert row.proxy_seconds and row.router_seconds
+        times = spent.setdefault(row.stage, (row.proxy_seconds, row.router_seconds))
+        assert times == (row.proxy_seconds, row.router_seconds)
     run(config)
+    assert {row.stage: (row.proxy_seconds, row.router_seconds) for row in Results.load(tmp_path / "run").cost} == spent
     assert_same_run(whole, tmp_path / "run")
     assert Results.load(whole).allocation == Results.load(tmp_path / "run").allocation
 

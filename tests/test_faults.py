@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_distributed import TESTS, command, dumps, finish
+from processes import family
+from processes import wait_for as wait_for_all
+from test_distributed import TESTS, command, dumps, finish, overrides
+from test_launch import slurm
 
 from mcit_lightning.locks import DirectoryLock
 
@@ -41,6 +44,30 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
+SMALL = (
+    "order=[colours,shapes]",
+    "data.batch_size=2",
+    "data.limit_train=16",
+    "tasks.shapes.epochs=6",
+    "zero_shot=false",
+)
+
+
+@pytest.fixture(scope="module")
+def whole(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, object]]:
+    """`whole(devices)`: what an uninterrupted run ends with; loader workers do not change it."""
+    found: dict[int, dict[str, object]] = {}
+
+    def run(devices: int) -> dict[str, object]:
+        if devices not in found:
+            root = tmp_path_factory.mktemp("whole")
+            finish(command(smoke_root, root / "run", *SMALL, f"trainer.devices={devices}"))
+            found[devices] = {**dumps(root / "dump_run")}
+        return found[devices]
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("devices", "workers", "sent", "group"),
     [
@@ -48,27 +75,75 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         (2, 0, signal.SIGTERM, False),
         (2, 1, signal.SIGUSR1, True),
         (1, 2, signal.SIGTERM, True),
+        (2, 2, signal.SIGTERM, True),
     ],
 )
 def test_a_signal_to_one_process_or_all_of_them_stops_the_run_cleanly(
-    devices: int, workers: int, sent: signal.Signals, group: bool, smoke_root: Path, tmp_path: Path
+    devices: int,
+    workers: int,
+    sent: signal.Signals,
+    group: bool,
+    smoke_root: Path,
+    tmp_path: Path,
+    whole: Callable[[int], dict[str, object]],
 ) -> None:
-    settings = (
-        f"trainer.devices={devices}",
-        f"data.num_workers={workers}",
-        "data.batch_size=2",
-        "tasks.shapes.epochs=6",
-    )
-    process = command(smoke_root, tmp_path / "run", *settings, "zero_shot=false")
+    settings = (*SMALL, f"trainer.devices={devices}", f"data.num_workers={workers}")
+    process = command(smoke_root, tmp_path / "run", *settings)
     wait_for(tmp_path / "run/stage_02/last.ckpt", process)
+    everyone = family(process.pid)
     os.killpg(process.pid, sent) if group else process.send_signal(sent)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + sent, output
     assert f"stopped by {sent.name}; the same command continues the run" in output and "Traceback" not in output
     assert (tmp_path / "run/stage_02/last.ckpt").exists() and not (tmp_path / "run/stage_02/final.ckpt").exists()
-    assert "continues at step" in finish(command(smoke_root, tmp_path / "run", *settings, "zero_shot=false"))
-    finish(command(smoke_root, tmp_path / "whole", *settings, "zero_shot=false"))
-    assert dumps(tmp_path / "dump_whole") == dumps(tmp_path / "dump_run")
+    assert not any(alive(pid) for pid in everyone)
+    assert "continues at step" in finish(command(smoke_root, tmp_path / "run", *settings))
+    assert dumps(tmp_path / "dump_run") == whole(devices)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process that somebody else has started still does anything."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_slurms_signal_before_the_limit_reaches_every_task(
+    smoke_root: Path, tmp_path: Path, whole: Callable[[int], dict[str, object]]
+) -> None:
+    """As `#SBATCH --signal=USR1@180` sends it; the batch script requeues the job for that exit status."""
+    arguments = ["smoke", *overrides(smoke_root, tmp_path / "run"), *SMALL, "data.num_workers=1"]
+    tasks = slurm(arguments, tmp_path)
+    wait_for(tmp_path / "run/stage_02/last.ckpt", tasks[0].process)
+    for task in tasks:
+        task.process.send_signal(signal.SIGUSR1)
+    for task in tasks:
+        assert task.process.wait(timeout=300) == 128 + signal.SIGUSR1, task.output()
+        assert "stopped by SIGUSR1" in task.output() and "Traceback" not in task.output()
+    assert not list((tmp_path / "run").rglob("hpc_ckpt*"))
+    wait_for_all(slurm(arguments, tmp_path), 600)  # the job, requeued
+    assert dumps(tmp_path / "dump_run") == whole(2)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_passes_a_signal_on(
+    sent: signal.Signals, smoke_root: Path, tmp_path: Path, whole: Callable[[int], dict[str, object]]
+) -> None:
+    handled = ["--signals-to-handle=SIGTERM,SIGUSR1", "--shutdown-timeout=300"]
+    started = command(
+        smoke_root,
+        tmp_path / "run",
+        *SMALL,
+        launch=("-m", "torch.distributed.run", "--nproc-per-node=2", *handled, "-m", "mcit_lightning"),
+    )
+    wait_for(tmp_path / "run/stage_02/last.ckpt", started)
+    started.send_signal(sent)
+    output, _ = started.communicate(timeout=300)
+    assert started.returncode != 0 and f"stopped by {sent.name}; the same command continues the run" in output, output
+    assert (tmp_path / "run/stage_02/last.ckpt").exists() and not (tmp_path / "run/stage_02/final.ckpt").exists()
+    finish(command(smoke_root, tmp_path / "run", *SMALL, "trainer.devices=2"))  # whoever starts the processes
+    assert dumps(tmp_path / "dump_run") == whole(2)
 
 
 @pytest.mark.parametrize(

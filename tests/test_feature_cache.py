@@ -1,13 +1,15 @@
 """The vision tower's outputs on the disk: same results, fewer passes, and no harm from damaged files or a full disk."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from smoke_runs import adapters, predictions
+from processes import start, start_ranks, wait_for
+from smoke_runs import adapters, predictions, small_experiment
 from torch import nn
 
 from mcit_lightning.config import ExperimentConfig
@@ -46,12 +48,48 @@ def test_nothing_is_written_beyond_the_limit_or_to_a_full_disk(
     store = FeatureStore(tmp_path / "a", 500)
     for key in ("aa", "bb", "cc", "dd"):
         store.put(key, TENSORS)
-    assert store.size <= 500 and 1 <= len(list((tmp_path / "a").glob("*/*"))) < 4
+    assert 1 <= len(list((tmp_path / "a").glob("*/*"))) < 4 and size(tmp_path / "a") <= 500
     assert caplog.text.count("no more picture features") == 1 and "feature_cache_gb" in caplog.text
     (tmp_path / "b").write_text("a file where the folder should be")
     broken = FeatureStore(tmp_path / "b", 2**20)
     broken.put("aa", TENSORS)
     assert str(tmp_path / "b") in caplog.text
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_several_processes_stay_below_the_limit_together_also_when_they_come_back(tmp_path: Path) -> None:
+    limit, keys = 2000, iter(f"{number:04x}" for number in range(100))
+    for _ in range(3):
+        stores = [FeatureStore(tmp_path, limit, 2) for _ in range(2)]
+        before = size(tmp_path)
+        for store in stores:
+            store.put(next(keys), TENSORS)
+        assert (
+            before < size(tmp_path) <= limit
+        )  # what is left is shared, and not what one process has filled lost to both
+    for store in stores:
+        for _ in range(20):
+            store.put(next(keys), TENSORS)
+    assert size(tmp_path) <= limit
+
+
+def test_two_processes_may_write_the_same_picture(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from pathlib import Path; from mcit_lightning.feature_cache import FeatureStore\n"
+        f"store = FeatureStore(Path({str(tmp_path / 'features')!r}), 2**24, 2)\n"
+        "for turn in range(60):\n"
+        "    for number in range(3):\n"
+        "        found = store.get(f'aa{number}')\n"
+        "        assert not found or bool((found['last'] == number).all()), found\n"
+        "        store.put(f'aa{number}', {'last': torch.full((4000,), float(number))})\n"
+    )
+    processes = [start([sys.executable, "-c", code], tmp_path) for _ in range(2)]
+    wait_for(processes, 300)
+    assert not any("damaged" in each.output() for each in processes)
+    assert sorted(path.name for path in (tmp_path / "features/aa").iterdir()) == ["aa0.st", "aa1.st", "aa2.st"]
 
 
 def test_keys_tell_pictures_and_preprocessing_apart() -> None:
@@ -124,6 +162,49 @@ def test_a_run_with_the_cache_gives_the_same_results(
         for name, value in adapters(tmp_path / "run")[stage].items():
             torch.testing.assert_close(value, weights[name], atol=1e-4, rtol=1e-3)
     assert not (tmp_path / "run/features").exists()
+
+
+def run_two(data: str, out: str, cache: str, check: str) -> None:
+    """A run of two processes that counts what is kept when it ends; in a process of its own, one per rank."""
+    clear = FeatureStore.clear
+
+    def look_and_clear(store: FeatureStore) -> None:
+        files = sorted(store.folder.rglob("*.st"))
+        whole = all(store.get(file.stem) for file in files)
+        left = [file.name for file in store.folder.rglob("*.tmp")]
+        Path(check).write_text(
+            json.dumps({"files": len(files), "whole": whole, "left": left, "size": size(store.folder)})
+        )
+        clear(store)
+
+    FeatureStore.clear = look_and_clear  # type: ignore[method-assign]
+    run(small_experiment(Path(data), Path(out), "trainer.devices=2", "data.batch_size=2", *cache.split()))
+
+
+@pytest.mark.slow
+def test_two_processes_with_the_cache_give_the_same_results(smoke_root: Path, tmp_path: Path) -> None:
+    full = "data.feature_cache=always"
+    for name, cache in (("without", ""), ("with", full), ("little", f"{full} data.feature_cache_gb=1.0e-4")):
+        arguments = [str(smoke_root), str(tmp_path / name), cache, str(tmp_path / f"{name}.json")]
+        code = f"import {__name__} as test; test.run_two(*{arguments!r})"
+        started = start_ranks(code, 2, tmp_path)
+        wait_for(started, 900)
+        if cache:
+            assert not any("damaged" in each.output() for each in started)
+            assert answers(tmp_path / name) == answers(tmp_path / "without")
+            for stage, weights in adapters(tmp_path / "without").items():
+                for key, value in adapters(tmp_path / name)[stage].items():
+                    torch.testing.assert_close(value, weights[key], atol=1e-4, rtol=1e-3)
+            assert not (tmp_path / name / "features").exists()
+    kept, little = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("with", "little"))
+    # test and validation rows, and the training rows of two tasks with two epochs, each once whoever has seen it first
+    assert kept["files"] == 3 * 4 + 3 * 4 + 2 * 16 and kept["whole"] and not kept["left"]
+    assert (
+        0 < little["files"] < kept["files"]
+        and little["size"] <= 1e-4 * 2**30
+        and little["whole"]
+        and not little["left"]
+    )
 
 
 def test_a_tower_that_adapts_is_not_cached(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:

@@ -3,20 +3,28 @@
 import itertools
 import json
 import shutil
+import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from fuzz import content_of
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from processes import free_port, start, wait_for
+from processes import Started, family, free_port, send, start, wait_for
+from smoke_runs import adapters, predictions
 
 from mcit_lightning import launch
 from mcit_lightning.engine import engine_arguments, planned_devices
 from mcit_lightning.launch import check_launch, cluster_plugins, launched_processes, launcher, rank_zero_first
 
+Launch = Callable[[list[str], Path], list[Started]]
+PATIENCE = 600
+"""Seconds that two processes may take for a small run on a busy machine."""
 SLURM = {
     "SLURM_NTASKS": "8",
     "SLURM_NTASKS_PER_NODE": "4",
@@ -162,31 +170,101 @@ def steps(run: Path) -> list[int]:
     return found
 
 
-@pytest.mark.slow
-def test_torchrun_starts_a_run_and_starts_it_over(smoke_root: Path, tmp_path: Path) -> None:
-    torchrun = shutil.which("torchrun", path=str(Path(sys.executable).parent))
-    assert torchrun is not None
-    out = tmp_path / "run"
-    command = [torchrun, "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "mcit_lightning"]
-    for _ in range(2):  # the second time there is a finished run, which rank one must not see
-        wait_for([start([*command, *settings(smoke_root, out, "overwrite=true")], tmp_path)], 600)
-        assert steps(out) == [4]  # 13 samples on two ranks: 7 each, in batches of two
-    again = start([*command, *settings(smoke_root, out)], tmp_path)
-    assert again.process.wait(timeout=600) != 0
-    assert "the run is finished" in again.output() and "rank zero could not start" in again.output()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_nodes_of_a_slurm_job(engine: str, smoke_root: Path, tmp_path: Path) -> None:
+def slurm(arguments: list[str], folder: Path) -> list[Started]:
+    """Two nodes with a task each, as SLURM's variables describe them, on this machine."""
     port = str(free_port())
     tasks = [
         {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost", "MASTER_PORT": port}
         | {"SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)}
         for rank in (0, 1)
     ]
-    arguments = settings(smoke_root, tmp_path / "run", f"trainer.strategy={engine}")
     command = [sys.executable, "-m", "mcit_lightning", *arguments]
-    wait_for([start(command, tmp_path, **{**SLURM, **task}) for task in tasks], 600)
+    return [start(command, folder, **{**SLURM, **task}) for task in tasks]
+
+
+def torchrun(arguments: list[str], folder: Path) -> list[Started]:
+    """Two processes on this machine, below torchrun's own."""
+    found = shutil.which("torchrun", path=str(Path(sys.executable).parent))
+    assert found is not None
+    launch = [found, "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "mcit_lightning"]
+    return [start([*launch, *arguments], folder)]
+
+
+LAUNCHERS = pytest.mark.parametrize("launch_two", [torchrun, slurm], ids=["torchrun", "slurm"])
+
+
+@pytest.fixture(scope="module")
+def whole(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes below torchrun that nothing has disturbed."""
+    root = tmp_path_factory.mktemp("whole")
+    wait_for(torchrun(settings(smoke_root, root / "run"), root), PATIENCE)
+    assert steps(root / "run") == [4]  # 13 samples on two ranks: 7 each, in batches of two
+    return root / "run"
+
+
+def assert_alike(whole: Path, run: Path) -> None:
+    """The same steps, weights to the last bit, and answers."""
+    assert steps(run) == steps(whole)
+    left, right = adapters(whole), adapters(run)
+    assert left.keys() == right.keys()
+    for stage, weights in left.items():
+        for name, value in weights.items():
+            assert torch.equal(value, right[stage][name]), (stage, name)
+    rows = [
+        [{**json.loads(line), "answer_id": ""} for line in text.splitlines()]
+        for root in (whole, run)
+        for text in predictions(root).values()
+    ]
+    assert rows[: len(rows) // 2] == rows[len(rows) // 2 :] and len(rows[0]) == 5
+
+
+@pytest.mark.slow
+@LAUNCHERS
+def test_a_run_is_started_over_also_if_rank_zero_is_last(
+    launch_two: Launch, whole: Path, smoke_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    again = launch_two(settings(smoke_root, tmp_path / "run"), tmp_path)
+    assert all(each.process.wait(timeout=PATIENCE) != 0 for each in again)
+    said = "".join(each.output() for each in again)
+    assert said.count("the run is finished") == 1 and "rank zero could not start" in said and "Traceback" not in said
+    # of another configuration, finished, and rank one looks at it before rank zero has deleted it
+    over = settings(smoke_root, tmp_path / "run", "overwrite=true", "imports=[late]")
+    wait_for(launch_two(over, tmp_path), PATIENCE)
+    assert_alike(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+@LAUNCHERS
+def test_a_second_run_is_refused_and_the_first_goes_on(
+    launch_two: Launch, whole: Path, smoke_root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first = torchrun(settings(smoke_root, out), tmp_path)
+    deadline = time.monotonic() + PATIENCE
+    while not (out / "stage_01").exists() and first[0].process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert first[0].process.poll() is None, first[0].output()
+    everyone = family(first[0].process.pid)
+    assert len(everyone) >= 3
+    send(everyone, signal.SIGSTOP)  # so that it cannot end before the second has come
+    before = content_of(out)
+    for more in ([], ["overwrite=true"], ["overwrite=true", "optim.lr=0.5"]):
+        second = launch_two(settings(smoke_root, out, *more), tmp_path)
+        assert all(each.process.wait(timeout=PATIENCE) not in (0, -9) for each in second)
+        said = "".join(each.output() for each in second)
+        assert said.count("another process is running this experiment; wait for it or use out=DIR") == 1
+        assert "Traceback" not in said and content_of(out) == before
+    send(everyone, signal.SIGCONT)
+    wait_for(first, PATIENCE)
+    assert_alike(whole, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_nodes_of_a_slurm_job(engine: str, whole: Path, smoke_root: Path, tmp_path: Path) -> None:
+    wait_for(slurm(settings(smoke_root, tmp_path / "run", f"trainer.strategy={engine}"), tmp_path), PATIENCE)
+    if engine == "ddp":
+        assert_alike(whole, tmp_path / "run")
     assert steps(tmp_path / "run") == [4]
     assert len((tmp_path / "run/predictions/stage_01/colours.jsonl").read_text().splitlines()) == 5

@@ -7,6 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
 from mcit_lightning.config import TaskConfig
@@ -32,12 +34,10 @@ class TestPictures:
     """It is no test class, whatever pytest thinks of its name."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._root = Path(os.path.abspath(os.path.expanduser(str((settings.get("data") or {}).get("root", ".")))))
-        known = {entry.name for entry in fields(TaskConfig)}
-        self._tasks = {
-            task: TaskConfig(**{key: value for key, value in values.items() if key in known})
-            for task, values in (settings.get("tasks") or {}).items()
-        }
+        data, self._settings = settings.get("data"), settings.get("tasks")
+        root = str(data.get("root", ".")) if isinstance(data, Mapping) else "."
+        self._root = Path(os.path.abspath(os.path.expanduser(root)))
+        self._tasks: dict[str, TaskConfig] = {}
         self._rows: dict[str, Rows | None] = {}
 
     def __call__(self, task: str, index: int) -> Path | Image.Image | None:
@@ -63,10 +63,27 @@ class TestPictures:
         return Path(ImageFolder(str(self._root), folder).path(image)) if isinstance(image, str) else image.open()
 
     def _open(self, task: str) -> Rows:
-        config, key = self._tasks.get(task), f"tasks.{task}.test"
-        if config is None or not config.test:
+        config, key = self._task(task), f"tasks.{task}.test"
+        if not config.test:
             raise ValueError(f"{key}: config.yaml names no file")
+        self._tasks[task] = config
         return self._read(config, config.test, key)
+
+    def _task(self, task: str) -> TaskConfig:
+        """What the configuration says of a task; nothing, if it does not name it.
+
+        Raises:
+            ValueError: it is not what a configuration says of a task.
+        """
+        values = self._settings.get(task) if isinstance(self._settings, Mapping) else None
+        known = {entry.name for entry in fields(TaskConfig)}
+        try:
+            own = {str(key): value for key, value in (values or {}).items() if key in known}
+            config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskConfig), own))
+        except (AttributeError, OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ValueError(f"tasks.{task}: config.yaml is not as a run writes it") from error
+        assert isinstance(config, TaskConfig)
+        return config
 
     def _read(self, config: TaskConfig, name: str, key: str) -> Rows:
         kind = file_format(name, config.format, key)

@@ -1,6 +1,6 @@
 """Finding runs: run directories that are named, or that lie below a named folder such as a sweep's."""
 
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mcit_lightning.allocation import natural
+from mcit_lightning.evaluation.files import read_checked_json
 from mcit_lightning.evaluation.open_run import STATE_FILE, load_run, read_settings
 from mcit_lightning.evaluation.results import RESULTS_FILE, Results
 from mcit_lightning.loading import flatten
@@ -129,13 +130,26 @@ def _planned(path: Path) -> list[str]:
 def _unfinished(folder: Path) -> str | None:
     """Why a run cannot be compared yet, or None."""
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        state = {"finished": True}  # a copy of the results alone
+        finished, stages = _state(folder / STATE_FILE)
     except ValueError:
         return f"its {STATE_FILE} is damaged"
     if not (folder / RESULTS_FILE).is_file():
         return "nothing was evaluated yet"
-    if not state.get("finished"):
-        return f"not finished, {len(state.get('steps', []))} stages are"
-    return None
+    return None if finished else f"not finished, {stages} stages are"
+
+
+def _state(path: Path) -> tuple[bool, int]:
+    """Whether a run is finished, and how many of its stages are; without the file, it is a copy of the results alone.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not os.path.lexists(path):
+        return True, 0
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise ValueError(f"{path}: is not a file")
+    values = read_checked_json(path.read_text(encoding="utf-8"))
+    finished, steps = values.get("finished"), values.get("steps", [])
+    if not isinstance(finished, bool) or not isinstance(steps, list):
+        raise ValueError(f"{path}: does not say whether the run is finished")
+    return finished, len(steps)

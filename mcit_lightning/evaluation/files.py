@@ -74,7 +74,7 @@ def read_checked_json(text: str) -> dict[str, Any]:
         ValueError: the text is no JSON object, or its content is not what the checksum was made of.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(values, dict):
@@ -85,6 +85,11 @@ def read_checked_json(text: str) -> dict[str, Any]:
             f"its content does not match its {CHECKSUM}; if you have changed it on purpose, remove that key"
         )
     return values
+
+
+def _whole(digits: str) -> int | float:
+    """A whole number; one that Python refuses to convert is infinite, so that whoever reads its field can name that."""
+    return int(digits) if len(digits) < 400 else float(digits)
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -69,7 +69,8 @@ def experts(results: Results, modules: TowerModules) -> dict[str, dict[str, Expe
     """Stage -> module path -> decision, for the stages that had a budget, in order."""
     decided = {}
     for stage, allocation in results.allocation.items():
-        scores = {path: allocation["scores"][path] for path in modules.paths if path in allocation["scores"]}
+        measured = allocation.get("scores", {})
+        scores = {path: measured[path] for path in modules.paths if path in measured}
         places = {path: place for place, path in enumerate(ranked(scores), start=1)}
         decided[stage] = {
             path: Expert(allocation["ranks"].get(path), scores.get(path), places.get(path)) for path in modules.paths

@@ -103,7 +103,7 @@ def _header(results: Results) -> str:
     for task, counts in results.notes.get("data", {}).items():
         if counts.get("shortened") or counts.get("dropped"):
             notes.append(
-                f"{task}: {counts['shortened']} training samples were shortened and {counts['dropped']} dropped."
+                f"{task}: {counts.get('shortened', 0)} training samples were shortened and {counts.get('dropped', 0)} dropped."
             )
         left_out = {split: counts.get(f"{split}_malformed", 0) for split in ("train", "val", "test")}
         if any(left_out.values()):

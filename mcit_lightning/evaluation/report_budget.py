@@ -38,8 +38,9 @@ def _split(results: Results, towers: list[str]) -> str:
     heads = (heads + "<th>Experts</th><th>Difficulty</th>") * len(towers)
     rows = []
     for stage, allocation in results.allocation.items():
-        total = sum(allocation["budget"].values())
-        given = {tower: allocation["budget"].get(tower, 0) / total if total else 0.0 for tower in towers}
+        budget = allocation.get("budget", {})
+        total = sum(budget.values())
+        given = {tower: budget.get(tower, 0) / total if total else 0.0 for tower in towers}
         cells = "".join(_numbers(allocation, tower) for tower in towers)
         bars = _stacked(allocation["ratios"], towers) + _stacked(given, towers)
         rows.append(
@@ -52,10 +53,10 @@ def _split(results: Results, towers: list[str]) -> str:
 
 
 def _numbers(allocation: dict[str, Any], tower: str) -> str:
-    share, difficulty = allocation["ratios"].get(tower), allocation["difficulty"].get(tower)
+    share, difficulty = allocation["ratios"].get(tower), allocation.get("difficulty", {}).get(tower)
     values = (
         NONE if share is None else f"{number_text(100 * share)} %",
-        str(allocation["budget"].get(tower, 0)),
+        str(allocation.get("budget", {}).get(tower, 0)),
         amount_text(difficulty),
     )
     return '<td class="first">' + "</td><td>".join(values) + "</td>"

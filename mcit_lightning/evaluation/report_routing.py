@@ -29,7 +29,7 @@ def _sentences(routing: dict[str, Any]) -> str:
     experts = list(routing.get("experts", {}).values())
     if any(count > 1 for count in experts):
         text.append(
-            f"Their own task is among those that were used for {number_text(routing['among'])} %; "
+            f"Their own task is among those that were used for {number_text(routing.get('among'))} %; "
             f"a sample used {number_text(sum(experts) / len(experts), digits=2)} tasks' experts on the mean over tasks."
         )
     return " ".join(text)
@@ -41,7 +41,7 @@ def _confusion(results: Results, confusion: dict[str, dict[str, int]]) -> str:
     rows = []
     for task, counts in confusion.items():
         total = sum(counts.values())
-        cells = (100 * counts[name] / total if name in counts else None for name in columns)
+        cells = (100 * counts[name] / total if counts.get(name) else None for name in columns)
         rows.append(
             heat_row(
                 task, "".join(heat_cell(cell, own=name == task) for name, cell in zip(columns, cells, strict=True))
@@ -87,7 +87,7 @@ def _mean_rejected(results: Results, stage: str) -> tuple[float | None, float | 
     """Mean rejection (percent) of the tasks learnt up to a stage, and of the others."""
     assert results.routing is not None
     learnt = _learnt_after(results, stage)
-    shares: dict[str, float] = results.routing["rejected_per_stage"].get(stage, {})
+    shares: dict[str, float] = results.routing.get("rejected_per_stage", {}).get(stage, {})
     parts = [[share for task, share in shares.items() if (task in learnt) == known] for known in (True, False)]
     known, other = (sum(own) / len(own) if own else None for own in parts)
     return known, other

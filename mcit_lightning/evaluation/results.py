@@ -8,6 +8,7 @@ from typing import Any
 
 from mcit_lightning.evaluation.files import checked_json, read_checked_json, write_atomic
 from mcit_lightning.evaluation.held_out import HeldOut
+from mcit_lightning.evaluation.results_check import check_results
 from mcit_lightning.evaluation.transfer import TransferMatrix
 
 RESULTS_FILE = "results.json"
@@ -155,10 +156,10 @@ class Results:
         path = root / RESULTS_FILE
         try:
             values = read_checked_json(path.read_text(encoding="utf-8"))
-            _check_types(values)
-            newer = sorted({key for row in values["cost"] for key in row} - {known.name for known in fields(CostRow)})
-        except (ValueError, KeyError, TypeError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+            check_results(values)
+        except ValueError as error:  # a UnicodeDecodeError and a JSONDecodeError are, too
             raise _damaged(path, error) from error
+        newer = sorted({key for row in values["cost"] for key in row} - {known.name for known in fields(CostRow)})
         if newer:
             raise ValueError(
                 f"{path}: cost: unknown key {', '.join(newer)}; a newer version of mcit_lightning wrote the file. "
@@ -182,7 +183,7 @@ class Results:
             )
             results.matrix = TransferMatrix.from_dict(values)
             return results
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise _damaged(path, error) from error
 
     def save(self, root: Path) -> None:
@@ -207,32 +208,7 @@ class Results:
         return out.getvalue()
 
 
-_TYPES: dict[str, Any] = {
-    "experiment": str,
-    "strategy": str,
-    "backbone": str,
-    "seed": int,
-    "tasks": list,
-    "metrics": dict,
-    "routing": dict | None,
-    "allocation": dict,
-    "modules": dict,
-    "freezing": dict,
-    "cost": list,
-    "notes": dict,
-}
-
-
-def _check_types(values: dict[str, Any]) -> None:
-    for key, kind in _TYPES.items():
-        if key in values and not isinstance(values[key], kind):
-            raise TypeError(f"{key} is {values[key]!r:.80}")
-    if not all(isinstance(row, dict) for row in values["cost"]):
-        raise TypeError(f"cost is {values['cost']!r:.80}")
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
+def _damaged(path: Path, error: ValueError) -> ValueError:
     return ValueError(
-        f"{path} is damaged ({type(error).__name__}: {error}). "
-        "Restore it from a copy, or start the run again with overwrite=true."
+        f"{path} is damaged ({error}). Restore it from a copy, or start the run again with overwrite=true."
     )
