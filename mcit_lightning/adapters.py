@@ -24,6 +24,10 @@ Gate = Tensor | Callable[[Tensor], Tensor] | None
 """Weights of the branches: [E] for all inputs, [B, E] per sample, [B, S, E] per token, a function of the layer's input that
 returns one of these, or None for weight one everywhere."""
 
+Fusion = Callable[[Tensor, Sequence[Tensor]], Tensor]
+"""Weighs what a gate has weighed once more, by what the branches answer: from the gated hidden values [..., sum of ranks] and the
+branches' B to hidden values of the same shape."""
+
 
 class AdapterLinear(nn.Module):
     """A linear layer with low-rank branches beside it; the base is frozen.
@@ -52,6 +56,7 @@ class AdapterLinear(nn.Module):
         self.trunk_of: dict[str, str] = {}
         self.gates_of: dict[str, int] = {}
         self.gate: Gate = None
+        self.fusion: Fusion | None = None
         self.enabled = True
         self._used: tuple[str, ...] | None = None
         self._owners: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
@@ -131,17 +136,23 @@ class AdapterLinear(nn.Module):
             self.trunk_of[name], self.gates_of[name] = trunk, gates
         self._index()
 
-    def add_router(self, name: str, *, seed: int, path: str) -> None:
-        """Add a router, [E, d_in] without bias, for the branches that there are; one that exists is left as it is.
+    def add_router(self, name: str, *, seed: int, path: str, shape: tuple[int, int] | None = None) -> None:
+        """Add a router without bias; one that exists is left as it is.
 
-        Routers are read by gates, not by this layer. Initial values are drawn like a new A's.
+        Routers are read by gates and fusions, not by this layer. Initial values are drawn like a new A's.
+
+        Args:
+            name: the router's key in `routers`.
+            seed: the run's seed.
+            path: the module's path in the backbone.
+            shape: (what it chooses among, width of what it reads); None is [E, d_in], for the branches that there are.
 
         Raises:
             ValueError: the router exists for another number of branches.
         """
-        branches = self.num_gates
+        branches, width = shape or (self.num_gates, self.in_features)
         if name not in self.routers:
-            values = _draw(branches, self.in_features, (seed, f"router {name}", path), self.base.weight.device)
+            values = _draw(branches, width, (seed, f"router {name}", path), self.base.weight.device)
             self.routers[name] = nn.Parameter(values)
         elif self.routers[name].shape[0] != branches:
             raise ValueError(
@@ -223,7 +234,10 @@ class AdapterLinear(nn.Module):
             assert isinstance(gate, Tensor)
             out = self._mixed(hidden, b, gate, into)
         else:
-            out = linear(self._gated(hidden, gate), self._parts("b", b, 1, x.dtype), 1, into)
+            gated = self._gated(hidden, gate)
+            out = linear(
+                gated if self.fusion is None else self.fusion(gated, b), self._parts("b", b, 1, x.dtype), 1, into
+            )
         return y + out.to(y.dtype) if into is None else out
 
     def _gated(self, hidden: Tensor, gate: Tensor | None) -> Tensor:
@@ -250,7 +264,7 @@ class AdapterLinear(nn.Module):
 
     def _mixes_first(self, hidden: Tensor, gate: Tensor | None) -> bool:
         """Whether a sample's branches are summed before the product: they share a trunk and a gate, over enough tokens."""
-        if len(self.lora_a) != 1 or len(self.lora_b) == 1 or gate is None:
+        if len(self.lora_a) != 1 or len(self.lora_b) == 1 or gate is None or self.fusion is not None:
             return False
         if gate.dim() != 2 or hidden.dim() != 3:
             return False

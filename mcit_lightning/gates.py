@@ -48,6 +48,10 @@ class GateState:
     read: tuple[ReferenceType[Tensor], GateInput, bool, Tensor] | None = None
     """The last tensor that a router read, how, and what it saw; query, key and value have the same input."""
 
+    def forget(self) -> None:
+        """Drop what a generation has decided."""
+        self.decided.clear()
+
     def usage(self, path: str) -> Tensor:
         """[2, E] of a module: how often each branch was chosen in this batch, and the sum of its gates.
 
@@ -139,7 +143,7 @@ class RouterGate:
         """[B, d] in float32."""
         beams = x.shape[0] // state.mask.shape[0]
         if self.gate_input == "mean":
-            weights = _expand(state.mask, x.shape[0]).to(torch.float32).unsqueeze(-1)
+            weights = for_beams(state.mask, x.shape[0]).to(torch.float32).unsqueeze(-1)
             return (x.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         rows, columns = state.first if self.gate_input == "first" else state.last
         if beams > 1:
@@ -158,7 +162,7 @@ class RouterGate:
         table = torch.stack(
             [F.pad(router.float(), (0, 0, 0, branches - len(router))) for router in routers]
         )  # [T, E, d]
-        choice = _expand(state.choice, z.shape[0])
+        choice = for_beams(state.choice, z.shape[0])
         logits = torch.einsum("b...d,bed->b...e", z.float(), table.index_select(0, choice))
         if len(routers[0]) == branches:
             return logits
@@ -174,12 +178,12 @@ class RouterGate:
         return torch.zeros_like(logits).scatter(-1, top.indices, chosen)
 
 
-def _expand(per_sample: Tensor, rows: int) -> Tensor:
+def for_beams(per_sample: Tensor, rows: int) -> Tensor:
     """Repeat rows for beams: generation puts the beams of a sample next to each other."""
     return per_sample if per_sample.shape[0] == rows else per_sample.repeat_interleave(rows // per_sample.shape[0], 0)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B, n] for the rows of `like`: as it is for [B, E], and for every token of a row alike for [B, S, E]."""
-    values = _expand(values, like.shape[0])
+    values = for_beams(values, like.shape[0])
     return values.unsqueeze(1) if like.dim() == 3 else values

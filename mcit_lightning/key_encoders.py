@@ -66,9 +66,7 @@ class TowerEncoder(KeyEncoder):
         """
         inputs = batch["inputs"]
         ids: Tensor = inputs["input_ids"]
-        is_text = (prompt_mask(batch) * ~image_tokens(towers, batch)).float().unsqueeze(-1)
-        embeddings = towers.model.get_input_embeddings()(ids).float()
-        text = (embeddings * is_text).sum(1) / is_text.sum(1).clamp(min=1)
+        text = mean_text(towers, batch)
         owners = self._owners(towers, batch)
         image = torch.zeros(len(ids), self.widths(towers)[0], device=ids.device)
         if len(owners):
@@ -90,6 +88,14 @@ class TowerEncoder(KeyEncoder):
                 f"strategy.key_encoder: is null, but the model's own vision tower cannot embed single images here ({error}). "
                 "Name a CLIP checkpoint in strategy.key_encoder, or use strategy.selector: oracle"
             ) from error
+
+
+@torch.no_grad()
+def mean_text(towers: Towers, batch: Batch) -> Tensor:
+    """[B, d_txt] in float32, the mean of the decoder's input embeddings over the prompt's text tokens."""
+    is_text = (prompt_mask(batch) * ~image_tokens(towers, batch)).float().unsqueeze(-1)
+    embeddings = towers.model.get_input_embeddings()(batch["inputs"]["input_ids"]).float()
+    return (embeddings * is_text).sum(1) / is_text.sum(1).clamp(min=1)
 
 
 def mean_by_owner(values: Tensor, owners: Tensor, size: int) -> Tensor:

@@ -48,6 +48,7 @@ JOBS = {
     "ewc": ("smoke", "strategy={name: ewc, rank: 4, samples: 6}"),
     "replay": ("smoke", "strategy={name: replay, rank: 4, buffer: 4}"),
     "keeplora": ("smoke", "strategy={name: keeplora, rank: 4}", PREVIEW),
+    "smolora": ("smoke", "strategy={name: smolora, rank: 8, experts: 4}"),
 }
 """Strategy -> experiment and overrides."""
 NOT_COMPARED = ("zero_shot", "keeplora")

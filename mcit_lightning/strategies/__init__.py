@@ -15,6 +15,7 @@ from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
 from mcit_lightning.strategies.reglora import RegLoRA, RegLoRAConfig
 from mcit_lightning.strategies.replay import ExperienceReplay, ReplayConfig
 from mcit_lightning.strategies.sequential import LoRAConfig, Sequential
+from mcit_lightning.strategies.smolora import SMoLoRA, SMoLoRAConfig
 
 __all__ = [
     "DISCO",
@@ -44,6 +45,8 @@ __all__ = [
     "RegLoRA",
     "RegLoRAConfig",
     "ReplayConfig",
+    "SMoLoRA",
+    "SMoLoRAConfig",
     "Sequential",
     "StrategyConfig",
     "ZeroShot",

@@ -117,4 +117,4 @@ def _generating(state: GateState) -> Iterator[None]:
         yield
     finally:
         if state.generating:
-            state.decided.clear()
+            state.forget()
