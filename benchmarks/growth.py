@@ -101,7 +101,7 @@ class Learnt:
         self.strategy.eval()
         batch = {key: value for key, value in self.test_batch.items() if key != "index"}  # nothing is remembered
         with torch.no_grad(), self.strategy.routing(self.towers, batch, None):
-            generate_tokens(self.model, batch["inputs"], 5, end_id=-1)
+            generate_tokens(self.model, self.strategy.inputs(batch), 5, end_id=-1)
 
 
 def timed(clock: Callable[[], float], run: Callable[[], None], repeats: int) -> float:

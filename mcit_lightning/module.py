@@ -300,8 +300,9 @@ class MCITModule(L.LightningModule):
         with self._pictures(batch), self.strategy.routing(self.towers, batch, None), self.towers.generating():
             routed_at = self._clock()
             with eagerly(self.config.backbone.compile):
+                inputs = self.strategy.inputs(batch)
                 texts = generate_answers(
-                    self.model, self.processor, batch["inputs"], most, end_id, least, lockstep=self.towers.sharded
+                    self.model, self.processor, inputs, most, end_id, least, lockstep=self.towers.sharded
                 )
         self.eval_cost["routing"] += routed_at - began
         if examined := self.strategy.samples_examined - examined:

@@ -87,9 +87,10 @@ def rows(batch: dict[str, Any], index: list[int]) -> dict[str, Any]:
 
 def logits(module: MCITModule, batch: dict[str, Any]) -> Tensor:
     """[B, vocabulary] after the prompt, by whatever gates are set."""
-    positions = (batch["inputs"]["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    inputs = module.strategy.inputs(batch)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        return module.model(**batch["inputs"], position_ids=positions).logits[:, -1]
+        return module.model(**inputs, position_ids=positions).logits[:, -1]
 
 
 def routed_logits(module: MCITModule, batch: dict[str, Any]) -> Tensor:

@@ -47,6 +47,7 @@ JOBS = {
     **{name: ("smoke", f"strategy={{name: {name}, rank: 4}}") for name in ("lwf", "olora", "reglora", "hide", "disco")},
     "ewc": ("smoke", "strategy={name: ewc, rank: 4, samples: 6}"),
     "replay": ("smoke", "strategy={name: replay, rank: 4, buffer: 4}"),
+    "modalprompt": ("smoke", "strategy={name: modalprompt, length: 3, top_k: 2}"),
     "keeplora": ("smoke", "strategy={name: keeplora, rank: 4}", PREVIEW),
     "smolora": ("smoke", "strategy={name: smolora, rank: 8, experts: 4}"),
 }

@@ -50,7 +50,7 @@ def answers(module: MCITModule, samples: list[Sample], size: int) -> dict[tuple[
     for start in range(0, len(samples), size):
         batch = collate(samples[start : start + size])
         with module.strategy.routing(module.towers, batch, None):
-            tokens = generate_tokens(module.model, batch["inputs"], 6, end_id=-1).tolist()
+            tokens = generate_tokens(module.model, module.strategy.inputs(batch), 6, end_id=-1).tolist()
         routes = module.strategy.routed_to() or [None] * len(tokens)
         for task, name, answer, route in zip(batch["task"], batch["id"], tokens, routes, strict=True):
             found[task, name] = (tuple(answer), route)

@@ -69,9 +69,8 @@ def answer(trained: "Trained", question: str, images: list[Path], max_new_tokens
     batch: dict[str, Any] = collator([Sample("0", "", pictures, (("user", question),))])
     autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=module.model.dtype == torch.bfloat16)
     with torch.no_grad(), autocast, module.strategy.routing(module.towers, batch, None):
-        (text,) = generate_answers(
-            module.model, module.processor, batch["inputs"], max_new_tokens, collator.encoder.end_id
-        )
+        inputs = module.strategy.inputs(batch)
+        (text,) = generate_answers(module.model, module.processor, inputs, max_new_tokens, collator.encoder.end_id)
     routed = module.strategy.routed_to()
     return text, None if routed is None else routed[0]
 

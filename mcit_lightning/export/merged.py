@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mcit_lightning.data.collate import EvalCollator
 from mcit_lightning.data.records import Sample
 from mcit_lightning.export.card import write_card
-from mcit_lightning.export.peft_folder import use_folder
+from mcit_lightning.export.peft_folder import check_adapters, use_folder
 from mcit_lightning.registry import nearest
 from mcit_lightning.strategies import BranchLoRA
 from mcit_lightning.trained import Trained
@@ -29,8 +29,9 @@ def export_merged(trained: Trained, out: Path, adapters: list[str]) -> Path:
             for the only one that there is.
 
     Raises:
-        ValueError: `out` is in use, no or an unknown adapter is named, or the mixture depends on the input.
+        ValueError: `out` is in use, no or an unknown adapter is named, there is no adapter, or the mixture depends on the input.
     """
+    check_adapters(trained)
     gates = _gates(trained, adapters)
     use_folder(out)
     towers = trained.module.towers

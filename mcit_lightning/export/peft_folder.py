@@ -36,6 +36,7 @@ def export_peft(trained: Trained, out: Path) -> list[Path]:
     """
     adapters = trained.module.strategy.plain_lora(trained.module.towers)
     name = trained.config.strategy["name"]
+    check_adapters(trained)
     if not adapters:
         raise ValueError(
             f"{trained.root}: the adapters of strategy {name!r} are mixed by a router for every input, which no LoRA of PEFT "
@@ -50,6 +51,19 @@ def export_peft(trained: Trained, out: Path) -> list[Path]:
         write_card(trained, folder, adapter=adapter)
         folders.append(folder)
     return folders
+
+
+def check_adapters(trained: Trained) -> None:
+    """Refuse a run whose strategy puts nothing into the model's layers.
+
+    Raises:
+        ValueError: it has no adapter layer.
+    """
+    if not trained.module.towers.adapters:
+        raise ValueError(
+            f"{trained.root}: strategy {trained.config.strategy['name']!r} has put no LoRA into the model, so there is nothing "
+            "to export. mcit-lightning chat answers with what it has learnt"
+        )
 
 
 def use_folder(out: Path) -> None:

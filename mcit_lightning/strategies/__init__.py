@@ -10,6 +10,7 @@ from mcit_lightning.strategies.ewc import EWCConfig, OnlineEWC
 from mcit_lightning.strategies.hide import HiDeConfig, HiDeLLaVA
 from mcit_lightning.strategies.keeplora import KeepLoRA, KeepLoRAConfig
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
+from mcit_lightning.strategies.modalprompt import ModalPrompt, ModalPromptConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
 from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
 from mcit_lightning.strategies.reglora import RegLoRA, RegLoRAConfig
@@ -39,6 +40,8 @@ __all__ = [
     "LwFConfig",
     "MoELoRA",
     "MoELoRAConfig",
+    "ModalPrompt",
+    "ModalPromptConfig",
     "OLoRA",
     "OLoRAConfig",
     "OnlineEWC",

@@ -128,6 +128,14 @@ class ContinualStrategy(nn.Module):
         """
         return nullcontext()
 
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model takes of a batch, within the batch's `routing`; default: the batch's `inputs`, as they are.
+
+        A strategy that puts tokens of its own into the decoder's input returns longer rows, as its `loss` uses them.
+        """
+        inputs: dict[str, Any] = batch["inputs"]
+        return inputs
+
     def router_samples(self, rows: int) -> int:
         """How many of a stage's training samples `features` is to be taken of, to make the stage's router; 0 for none.
 
