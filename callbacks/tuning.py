@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,7 +21,7 @@ class RouterTuning(TaskCallback):
     """Trains MR-LoRA's router on a few samples of all tasks so far, after every task but the first.
 
     The router starts anew each time, and every process takes part. It is trained again if the run is killed before the stage's
-    final checkpoint.
+    final checkpoint. Listed after StageCost, its seconds are not among those of the stage's training.
 
     Raises:
         ValueError: the strategy has no such router, or its training diverges.
@@ -57,6 +58,7 @@ class RouterTuning(TaskCallback):
         cost = module.results.cost_row(stage.name, stage.folder, stage.row)
         cost.router_seconds = time.perf_counter() - began
         if trainer.is_global_zero:
+            module.results.save(Path(trainer.default_root_dir).parent)
             logger.info(
                 "stage %s: router of %d samples in %d steps, %.1f s: loss %.4g in the first epoch, %.4g in the last",
                 *(stage.name, len(kept), len(steps), cost.router_seconds, first, last),

@@ -64,7 +64,7 @@ def tune(
 
     Args:
         model: what computes; nothing else of it changes.
-        parameters: what trains, all of which the loss reaches. They are frozen before and after.
+        parameters: what trains; they are frozen before and after. One that the loss does not reach has no gradient.
         batches: for every step this process's part of it, and whether that counts.
         steps: their number.
         acting: context in which the model computes a batch with `parameters`.
@@ -84,7 +84,7 @@ def tune(
             with acting(batch):
                 with context():
                     losses = F.cross_entropy(answer_logits(model, batch).float(), batch["targets"], reduction="sum")
-                gradients = torch.autograd.grad(losses * float(counts), parameters)
+                gradients = torch.autograd.grad(losses * float(counts), parameters, materialize_grads=True)
             tokens = torch.full_like(losses, float(counts * batch["targets"].numel()))
             total = sum_over_ranks(torch.stack([losses.detach() * float(counts), tokens]))
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -48,6 +48,12 @@ JOBS = {
     "ewc": ("smoke", "strategy={name: ewc, rank: 4, samples: 6}"),
     "replay": ("smoke", "strategy={name: replay, rank: 4, buffer: 4}"),
     "keeplora": ("smoke", "strategy={name: keeplora, rank: 4}", PREVIEW),
+    # the last step of an epoch has one sample: some processes have no part in it
+    "mrlora": (
+        "smoke",
+        "strategy={name: mrlora, rank: 4, router_samples: 5, router_epochs: 2, router_batch_size: 3}",
+        PREVIEW.replace("TaskPreview", "RouterTuning"),
+    ),
 }
 """Strategy -> experiment and overrides."""
 NOT_COMPARED = ("zero_shot", "keeplora")

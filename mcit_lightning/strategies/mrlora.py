@@ -151,7 +151,7 @@ class MRLoRA(TaskLoRA):
             )
         self._encoder = encoder
         for name, task in tasks.items():
-            words = max(name, *task.aliases, key=len).replace("_", " ").replace("-", " ")
+            words = max((name, *task.aliases), key=len).replace("_", " ").replace("-", " ")
             self._descriptions[name] = self.config.descriptions.get(name, f"An expert in {words}.")
 
     def expert_question(self) -> ExpertQuestion:
