@@ -12,6 +12,7 @@ from callbacks.probe import GradientProbe
 from callbacks.progress import StageProgress
 from callbacks.routers import RouterSpawn
 from callbacks.transfer import BackwardTransfer
+from callbacks.tuning import RouterTuning
 
 __all__ = [
     "BackwardTransfer",
@@ -21,6 +22,7 @@ __all__ = [
     "CurriculumRatio",
     "GradientProbe",
     "RouterSpawn",
+    "RouterTuning",
     "StageCheckpoint",
     "StageCost",
     "StageProgress",

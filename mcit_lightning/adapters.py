@@ -136,6 +136,13 @@ class AdapterLinear(nn.Module):
             self.trunk_of[name], self.gates_of[name] = trunk, gates
         self._index()
 
+    @torch.no_grad()
+    def reset_branch(self, name: str, *, seed: int, path: str) -> None:
+        """Give a branch with an A of its own the values with which `add_branch` started it; arguments as there."""
+        a, b = self.lora_a[name], self.lora_b[name]
+        a.copy_(_draw(a.shape[0], self.in_features, (seed, name, path), a.device))
+        b.zero_()
+
     def add_router(self, name: str, *, seed: int, path: str, shape: tuple[int, int] | None = None) -> None:
         """Add a router without bias; one that exists is left as it is.
 

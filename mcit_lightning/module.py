@@ -16,6 +16,8 @@ from typing_extensions import Self
 from mcit_lightning.backbone import Backbone
 from mcit_lightning.compilation import compile_decoder, eagerly
 from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.data.collate import AsksItself
+from mcit_lightning.data.encode import Encoder
 from mcit_lightning.evaluation.metrics import AnswerMetric, task_metric
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.feature_cache import CachedTower, attach, why_not
@@ -64,6 +66,8 @@ class MCITModule(L.LightningModule):
         self.tower_cache: CachedTower | None = None
         self.strict_loading = False  # checkpoints hold adapters only; on_load_checkpoint compares the key sets instead
         strategy.seed, strategy.tunes_projector = config.seed, config.backbone.train_projector
+        if isinstance(strategy, AsksItself):
+            strategy.use_prompts(Encoder(backbone.processor, config.prompt), config.tasks)
         if config.backbone.train_projector:
             for path in self.towers.projector:
                 self.model.get_submodule(path).float()  # trains in float32 even where the frozen base is bfloat16

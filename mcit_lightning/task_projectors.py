@@ -40,6 +40,15 @@ class TaskProjectors(nn.Module):
                 }
             )
 
+    @torch.no_grad()
+    def restore(self, task: str, towers: Towers) -> None:
+        """Give the model's projector the values of one that is kept."""
+        kept = self.kept[task]
+        assert isinstance(kept, nn.ParameterDict)
+        for path in towers.projector:
+            for name, parameter in towers.model.get_submodule(path).named_parameters():
+                parameter.copy_(kept[_key(path, name)])
+
     def choose(self, choice: Tensor | None) -> None:
         """Say which task's projector each picture goes through from now on.
 

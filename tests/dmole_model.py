@@ -77,12 +77,22 @@ def merge(parts: list[dict[str, Any]], pad: int, extra: int = 0) -> dict[str, An
         "pixel_values": torch.cat([part["inputs"]["pixel_values"] for part in parts]),
     }
     lists = {key: [value for part in parts for value in part[key]] for key in ("task", "id", "num_images")}
+    own = [part["strategy_inputs"] for part in parts if "strategy_inputs" in part]
+    if own:
+        width = max(each["input_ids"].shape[1] for each in own) + extra
+        fill = {key: pad if key == "input_ids" else 0 for key in own[0]}
+        lists["strategy_inputs"] = {key: torch.cat([left(e[key], width, fill[key]) for e in own]) for key in fill}
     return {"inputs": inputs, **lists}
 
 
 def rows(batch: dict[str, Any], index: list[int]) -> dict[str, Any]:
     inputs = {key: value[index] for key, value in batch["inputs"].items()}
-    return {"inputs": inputs, **{key: [batch[key][i] for i in index] for key in ("task", "id", "num_images")}}
+    own = {key: value[index] for key, value in batch.get("strategy_inputs", {}).items()}
+    return {
+        "inputs": inputs,
+        **({"strategy_inputs": own} if own else {}),
+        **{key: [batch[key][i] for i in index] for key in ("task", "id", "num_images")},
+    }
 
 
 def logits(module: MCITModule, batch: dict[str, Any]) -> Tensor:

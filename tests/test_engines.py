@@ -50,6 +50,12 @@ JOBS = {
     "modalprompt": ("smoke", "strategy={name: modalprompt, length: 3, top_k: 2}"),
     "keeplora": ("smoke", "strategy={name: keeplora, rank: 4}", PREVIEW),
     "smolora": ("smoke", "strategy={name: smolora, rank: 8, experts: 4}"),
+    # the last step of an epoch has one sample: some processes have no part in it
+    "mrlora": (
+        "smoke",
+        "strategy={name: mrlora, rank: 4, router_samples: 5, router_epochs: 2, router_batch_size: 3}",
+        PREVIEW.replace("TaskPreview", "RouterTuning"),
+    ),
 }
 """Strategy -> experiment and overrides."""
 NOT_COMPARED = ("zero_shot", "keeplora")

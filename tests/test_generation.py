@@ -27,6 +27,7 @@ CALLBACKS = (
     "RouterSpawn",
     "TaskPreview",
     "BranchFreeze",
+    "RouterTuning",
     "Consolidate",
 )
 """Of the strategies, in the order in which they run."""

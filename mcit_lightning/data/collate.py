@@ -1,12 +1,12 @@
 """Batches: plain dictionaries that Lightning moves to the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from mcit_lightning.config import PromptConfig
+from mcit_lightning.config import PromptConfig, TaskConfig
 from mcit_lightning.data.encode import Encoder
 from mcit_lightning.data.records import Sample, Turns
 from mcit_lightning.feature_cache import picture_keys
@@ -21,6 +21,15 @@ class ReadsSamples(Protocol):
 
     def sample_reader(self) -> SampleReader | None:
         """What every batch is to hold as `strategy_inputs`; None for nothing."""
+        ...
+
+
+@runtime_checkable
+class AsksItself(Protocol):
+    """A strategy that asks the model questions of its own about the samples."""
+
+    def use_prompts(self, encoder: Encoder, tasks: Mapping[str, TaskConfig]) -> None:
+        """Called once, before any batch: how a conversation becomes tokens, and what the configuration says of the tasks."""
         ...
 
 

@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -269,6 +270,35 @@ class ContinualDataModule(L.LightningDataModule):
             generator=torch.Generator().manual_seed(0),
             **self._loader_options(),
         )
+
+    def kept_samples(self, task: str, count: int) -> list[Sample]:
+        """The training samples of a task that a replay buffer of that size holds (see `kept_rows`); pixels are not read."""
+        split = self._splits[task, "train"]
+        return [split[int(row)] for row in kept_rows(len(split), count, seed=self.config.seed, task=task)]
+
+    def tuning_loader(
+        self, samples: Sequence[Sample], steps: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[dict[str, Any], bool]]:
+        """This process's part of every step, as a training batch that is never cut, and whether it counts.
+
+        A process that has no part in a step gets the step's first sample, which does not count: where the decoder is spread
+        over processes, all must run it.
+
+        Args:
+            samples: what to show.
+            steps: positions in `samples` of the samples of every step, over all processes.
+        """
+        own = [[*step[self._rank :: self._world_size]] or [*step[:1]] for step in steps]
+        loader: DataLoader[Any] = DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_sampler=own,
+            collate_fn=TrainCollator(self.processor, self.config.prompt, max_length=sys.maxsize),
+            worker_init_fn=init_worker,
+            generator=torch.Generator().manual_seed(0),
+            **self._loader_options(),
+        )
+        for step, batch in zip(steps, loader, strict=True):
+            yield batch, self._rank < len(step)
 
     def has_text_only(self) -> bool:
         """Whether a training row has no image, so that a batch may leave the projector without a gradient."""

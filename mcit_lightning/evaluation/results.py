@@ -31,7 +31,7 @@ class CostRow:
     proxy_seconds: float | None = None
     """Time of the gradient probe before the stage."""
     router_seconds: float | None = None
-    """Time to make the stage's router before the training: features of its samples, and the fit."""
+    """Time to make the stage's router, before its training (features of its samples, and the fit) or after it."""
     train_seconds: float | None = None
     """Wall-clock time of the training loop without validation; interruptions and lost work do not count."""
     train_samples_per_second: float | None = None

@@ -12,6 +12,7 @@ from mcit_lightning.strategies.keeplora import KeepLoRA, KeepLoRAConfig
 from mcit_lightning.strategies.lwf import LwF, LwFConfig
 from mcit_lightning.strategies.modalprompt import ModalPrompt, ModalPromptConfig
 from mcit_lightning.strategies.moelora import MoELoRA, MoELoRAConfig
+from mcit_lightning.strategies.mrlora import MRLoRA, MRLoRAConfig
 from mcit_lightning.strategies.olora import OLoRA, OLoRAConfig
 from mcit_lightning.strategies.reglora import RegLoRA, RegLoRAConfig
 from mcit_lightning.strategies.replay import ExperienceReplay, ReplayConfig
@@ -38,6 +39,8 @@ __all__ = [
     "LoRAConfig",
     "LwF",
     "LwFConfig",
+    "MRLoRA",
+    "MRLoRAConfig",
     "MoELoRA",
     "MoELoRAConfig",
     "ModalPrompt",
