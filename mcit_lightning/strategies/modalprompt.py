@@ -66,7 +66,9 @@ class TaskPrompt(nn.Module):
 
 @STRATEGIES.register("modalprompt")
 class ModalPrompt(KeyEncoded):
-    """A prompt P_t of a few vectors and a transform f_t per task; the decoder reads them behind the first token:
+    """A prompt of a few vectors per task in the decoder's input; a sample gets those of the tasks that it is most similar to.
+
+    With the prompt P_t and the transform f_t of task t, all of whose vectors stand behind the first token:
 
         z_t = mean f_t(P_t),    s_t(x) = lambda cos(e_img, z_t) + (1 - lambda) cos(e_txt, z_t)
         training:   [earlier prompts of the largest s ; P_t],    L + (1 - cos(e_img, z_t)) + (1 - cos(e_txt, z_t))
