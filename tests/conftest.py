@@ -114,6 +114,15 @@ def experiment(smoke_root: Path) -> Callable[..., ExperimentConfig]:
 
 
 @pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Starts the command line in new processes at little cost; see `Nursery`."""
+    from nursery import Nursery
+
+    with Nursery(tmp_path_factory.mktemp("nursery")) as nursery:
+        yield nursery
+
+
+@pytest.fixture(scope="session")
 def uninterrupted(experiment: Callable[..., ExperimentConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a whole run of `experiment`."""
     from mcit_lightning.runner import run

@@ -7,13 +7,15 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """Of names and bytes."""
+    """Of names and bytes; of a tensor that is spread over processes, this one's part."""
     found = hashlib.sha256()
     for key in sorted(state):
-        found.update(key.encode() + state[key].cpu().numpy().tobytes())
+        value = state[key].to_local() if isinstance(state[key], DTensor) else state[key]
+        found.update(key.encode() + value.cpu().numpy().tobytes())
     return found.hexdigest()
 
 

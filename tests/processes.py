@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 TESTS = Path(__file__).parent
 STRICT = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
@@ -23,8 +22,8 @@ torch 2.13 does not survive it on the CPU."""
 class Started:
     """A process and the file that it writes to."""
 
-    process: subprocess.Popen[str]
-    log: IO[str]
+    process: Any
+    log: Any
 
     def output(self) -> str:
         """What it has written so far."""
@@ -75,13 +74,6 @@ def family(pid: int) -> list[int]:
         with suppress(FileNotFoundError):
             found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
     return found
-
-
-def send(pids: list[int], signum: signal.Signals) -> None:
-    """Send a signal to each process that is still there."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signum)
 
 
 def wait_for(started: list[Started], seconds: int) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from nursery import Nursery
 from processes import family
 from processes import wait_for as wait_for_all
 from test_distributed import TESTS, command, dumps, finish, overrides
-from test_launch import slurm
+from test_launch import of_slurm
 
 from mcit_lightning.locks import DirectoryLock
 
@@ -110,11 +111,11 @@ def alive(pid: int) -> bool:
 
 
 def test_slurms_signal_before_the_limit_reaches_every_task(
-    smoke_root: Path, tmp_path: Path, whole: Callable[[int], dict[str, object]]
+    nursery: Nursery, smoke_root: Path, tmp_path: Path, whole: Callable[[int], dict[str, object]]
 ) -> None:
     """As `#SBATCH --signal=USR1@180` sends it; the batch script requeues the job for that exit status."""
     arguments = ["smoke", *overrides(smoke_root, tmp_path / "run"), *SMALL, "data.num_workers=1"]
-    tasks = slurm(arguments, tmp_path)
+    tasks = [nursery.start(arguments, tmp_path, **variables) for variables in of_slurm()]
     wait_for(tmp_path / "run/stage_02/last.ckpt", tasks[0].process)
     for task in tasks:
         task.process.send_signal(signal.SIGUSR1)
@@ -122,7 +123,9 @@ def test_slurms_signal_before_the_limit_reaches_every_task(
         assert task.process.wait(timeout=300) == 128 + signal.SIGUSR1, task.output()
         assert "stopped by SIGUSR1" in task.output() and "Traceback" not in task.output()
     assert not list((tmp_path / "run").rglob("hpc_ckpt*"))
-    wait_for_all(slurm(arguments, tmp_path), 600)  # the job, requeued
+    wait_for_all(
+        [nursery.start(arguments, tmp_path, **variables) for variables in of_slurm()], 600
+    )  # the job, requeued
     assert dumps(tmp_path / "dump_run") == whole(2)
 
 

@@ -184,7 +184,7 @@ def run_two(data: str, out: str, cache: str, check: str) -> None:
 @pytest.mark.slow
 def test_two_processes_with_the_cache_give_the_same_results(smoke_root: Path, tmp_path: Path) -> None:
     full = "data.feature_cache=always"
-    for name, cache in (("without", ""), ("with", full), ("little", f"{full} data.feature_cache_gb=1.0e-4")):
+    for name, cache in (("without", ""), ("with", full), ("little", f"{full} data.feature_cache_gb=2.0e-5")):
         arguments = [str(smoke_root), str(tmp_path / name), cache, str(tmp_path / f"{name}.json")]
         code = f"import {__name__} as test; test.run_two(*{arguments!r})"
         started = start_ranks(code, 2, tmp_path)
@@ -201,7 +201,7 @@ def test_two_processes_with_the_cache_give_the_same_results(smoke_root: Path, tm
     assert kept["files"] == 3 * 4 + 3 * 4 + 2 * 16 and kept["whole"] and not kept["left"]
     assert (
         0 < little["files"] < kept["files"]
-        and little["size"] <= 1e-4 * 2**30
+        and little["size"] <= 2e-5 * 2**30
         and little["whole"]
         and not little["left"]
     )

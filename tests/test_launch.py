@@ -15,14 +15,16 @@ import pytest
 import torch
 from fuzz import content_of
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from processes import Started, family, free_port, send, start, wait_for
+from nursery import Nursery
+from processes import Started, free_port, start, wait_for
 from smoke_runs import adapters, predictions
 
 from mcit_lightning import launch
 from mcit_lightning.engine import engine_arguments, planned_devices
 from mcit_lightning.launch import check_launch, cluster_plugins, launched_processes, launcher, rank_zero_first
 
-Launch = Callable[[list[str], Path], list[Started]]
+Variables = Callable[[], list[dict[str, str]]]
+Two = Callable[[Variables, list[str], Path], list[Started]]
 PATIENCE = 600
 """Seconds that two processes may take for a small run on a busy machine."""
 SLURM = {
@@ -170,34 +172,36 @@ def steps(run: Path) -> list[int]:
     return found
 
 
-def slurm(arguments: list[str], folder: Path) -> list[Started]:
-    """Two nodes with a task each, as SLURM's variables describe them, on this machine."""
+def of_slurm() -> list[dict[str, str]]:
+    """The variables of two nodes with a task each, on this machine."""
     port = str(free_port())
-    tasks = [
-        {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost", "MASTER_PORT": port}
-        | {"SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)}
-        for rank in (0, 1)
+    own = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NODELIST": "localhost", "MASTER_PORT": port}
+    return [
+        {**SLURM, **own, "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)} for rank in (0, 1)
     ]
-    command = [sys.executable, "-m", "mcit_lightning", *arguments]
-    return [start(command, folder, **{**SLURM, **task}) for task in tasks]
 
 
-def torchrun(arguments: list[str], folder: Path) -> list[Started]:
-    """Two processes on this machine, below torchrun's own."""
-    found = shutil.which("torchrun", path=str(Path(sys.executable).parent))
-    assert found is not None
-    launch = [found, "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "mcit_lightning"]
-    return [start([*launch, *arguments], folder)]
-
-
-LAUNCHERS = pytest.mark.parametrize("launch_two", [torchrun, slurm], ids=["torchrun", "slurm"])
+def of_torchrun() -> list[dict[str, str]]:
+    """The variables of two processes of a machine."""
+    own = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    port = str(free_port())
+    return [{**TORCHRUN, **own, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
 
 
 @pytest.fixture(scope="module")
-def whole(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes below torchrun that nothing has disturbed."""
+def two(nursery: Nursery) -> Two:
+    """`two(of_slurm, arguments, folder)`: the command line in two processes with such variables."""
+    return lambda variables, arguments, folder: [nursery.start(arguments, folder, **own) for own in variables()]
+
+
+LAUNCHERS = pytest.mark.parametrize("launched", [of_torchrun, of_slurm])
+
+
+@pytest.fixture(scope="module")
+def whole(two: Two, smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two processes that nothing has disturbed."""
     root = tmp_path_factory.mktemp("whole")
-    wait_for(torchrun(settings(smoke_root, root / "run"), root), PATIENCE)
+    wait_for(two(of_torchrun, settings(smoke_root, root / "run"), root), PATIENCE)
     assert steps(root / "run") == [4]  # 13 samples on two ranks: 7 each, in batches of two
     return root / "run"
 
@@ -221,49 +225,63 @@ def assert_alike(whole: Path, run: Path) -> None:
 @pytest.mark.slow
 @LAUNCHERS
 def test_a_run_is_started_over_also_if_rank_zero_is_last(
-    launch_two: Launch, whole: Path, smoke_root: Path, tmp_path: Path
+    launched: Variables, two: Two, whole: Path, smoke_root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
-    again = launch_two(settings(smoke_root, tmp_path / "run"), tmp_path)
+    again = two(launched, settings(smoke_root, tmp_path / "run"), tmp_path)
     assert all(each.process.wait(timeout=PATIENCE) != 0 for each in again)
     said = "".join(each.output() for each in again)
     assert said.count("the run is finished") == 1 and "rank zero could not start" in said and "Traceback" not in said
     # of another configuration, finished, and rank one looks at it before rank zero has deleted it
     over = settings(smoke_root, tmp_path / "run", "overwrite=true", "imports=[late]")
-    wait_for(launch_two(over, tmp_path), PATIENCE)
+    wait_for(two(launched, over, tmp_path), PATIENCE)
     assert_alike(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
 @LAUNCHERS
 def test_a_second_run_is_refused_and_the_first_goes_on(
-    launch_two: Launch, whole: Path, smoke_root: Path, tmp_path: Path
+    launched: Variables, two: Two, whole: Path, smoke_root: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    first = torchrun(settings(smoke_root, out), tmp_path)
+    first = two(of_torchrun, settings(smoke_root, out), tmp_path)
     deadline = time.monotonic() + PATIENCE
     while not (out / "stage_01").exists() and first[0].process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert first[0].process.poll() is None, first[0].output()
-    everyone = family(first[0].process.pid)
-    assert len(everyone) >= 3
-    send(everyone, signal.SIGSTOP)  # so that it cannot end before the second has come
+    for each in first:
+        each.process.send_signal(signal.SIGSTOP)  # so that it cannot end before the second has come
     before = content_of(out)
     for more in ([], ["overwrite=true"], ["overwrite=true", "optim.lr=0.5"]):
-        second = launch_two(settings(smoke_root, out, *more), tmp_path)
-        assert all(each.process.wait(timeout=PATIENCE) not in (0, -9) for each in second)
+        second = two(launched, settings(smoke_root, out, *more), tmp_path)
+        assert [each.process.wait(timeout=PATIENCE) for each in second] == [2, 2]
         said = "".join(each.output() for each in second)
         assert said.count("another process is running this experiment; wait for it or use out=DIR") == 1
         assert "Traceback" not in said and content_of(out) == before
-    send(everyone, signal.SIGCONT)
+    for each in first:
+        each.process.send_signal(signal.SIGCONT)
     wait_for(first, PATIENCE)
     assert_alike(whole, out)
 
 
 @pytest.mark.slow
+def test_torchrun_itself_starts_a_run_and_starts_it_over(whole: Path, smoke_root: Path, tmp_path: Path) -> None:
+    torchrun = shutil.which("torchrun", path=str(Path(sys.executable).parent))
+    assert torchrun is not None
+    command = [torchrun, "--nproc_per_node=2", f"--master_port={free_port()}", "-m", "mcit_lightning"]
+    for _ in range(2):  # the second time there is a finished run, which rank one must not see
+        wait_for([start([*command, *settings(smoke_root, tmp_path / "run", "overwrite=true")], tmp_path)], PATIENCE)
+        assert_alike(whole, tmp_path / "run")
+    again = start([*command, *settings(smoke_root, tmp_path / "run")], tmp_path)
+    assert again.process.wait(timeout=PATIENCE) != 0
+    assert "the run is finished" in again.output() and "rank zero could not start" in again.output()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_two_nodes_of_a_slurm_job(engine: str, whole: Path, smoke_root: Path, tmp_path: Path) -> None:
-    wait_for(slurm(settings(smoke_root, tmp_path / "run", f"trainer.strategy={engine}"), tmp_path), PATIENCE)
+def test_two_nodes_of_a_slurm_job(engine: str, two: Two, whole: Path, smoke_root: Path, tmp_path: Path) -> None:
+    arguments = settings(smoke_root, tmp_path / "run", f"trainer.strategy={engine}")
+    wait_for(two(of_slurm, arguments, tmp_path), PATIENCE)
     if engine == "ddp":
         assert_alike(whole, tmp_path / "run")
     assert steps(tmp_path / "run") == [4]
