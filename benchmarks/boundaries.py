@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import workload
@@ -46,6 +47,17 @@ def framework(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     begin, _ = run_child(["-m", "mcit_lightning", str(folder / "experiment.yaml"), "overwrite=true"], options)
     events: list[tuple[str, float]] = [(name, at) for name, at in json.loads((folder / "events.json").read_text())]
     start_up = next(at for name, at in events if name == "batch") - begin
+    boundaries = between_stages(events)
+    assert len(boundaries) == len(workload.TASKS) - 1
+    return {"start-up": start_up, "boundary": statistics.median(boundaries)}
+
+
+def between_stages(events: Sequence[tuple[str, float]]) -> list[float]:
+    """Seconds from each stage's last step to the next one's first batch, without the evaluation.
+
+    Args:
+        events: what `workload.Clock` noted.
+    """
     boundaries, since, tested = [], 0.0, 0.0
     for name, at in events:
         if name == "batch":
@@ -54,8 +66,7 @@ def framework(folder: Path, options: argparse.Namespace) -> dict[str, float]:
             tested += at if name == "teardown test" else -at
         elif name == "first batch" and since:
             boundaries.append(at - since - tested)
-    assert len(boundaries) == len(workload.TASKS) - 1
-    return {"start-up": start_up, "boundary": statistics.median(boundaries)}
+    return boundaries
 
 
 def bare(folder: Path, options: argparse.Namespace) -> dict[str, float]:
