@@ -46,7 +46,7 @@ test: $(STAMP)  ## Fast tests
 test-all: $(STAMP)  ## All tests: several processes, building a wheel, GPU where there is one
 	$(BIN)/python -m pytest
 
-bench: $(STAMP)  ## Measure on this machine and write the table of docs/performance.md (15 minutes)
+bench: $(STAMP)  ## Measure on this machine and write the table of docs/performance.md (up to 15 minutes)
 	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 lint: $(STAMP)  ## Style, format and types

@@ -1,10 +1,12 @@
 """All benchmarks in a CPU-sized form, and the table of `docs/performance.md`.
 
     python benchmarks/bench.py                      # `make bench`
-    python benchmarks/bench.py --only growth --cpu-time --threads 1
+    python benchmarks/bench.py --only growth
+    python benchmarks/bench.py --wall-clock         # on a machine that does nothing else
 
-Every benchmark is a process of its own, one after the other. The rows go between the markers of the page, and as JSON to
-`--out`. A benchmark that fails leaves the page as it is.
+Every benchmark is a process of its own, one after the other. Times are CPU time of one thread, which other work on the machine
+changes little, unless `--wall-clock` asks for elapsed time on all threads. The rows go between the markers of the page, and as
+JSON to `--out`, with the seconds that each benchmark took. A benchmark that fails leaves the page as it is.
 """
 
 import argparse
@@ -13,64 +15,84 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from ratios import Row, machine, ratio_row
 
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 BENCHMARKS: dict[str, list[str]] = {
-    "training_step": ["--rounds", "5", "--layers", "10"],
-    "evaluation": ["--rounds", "3", "--layers", "15"],
-    "growth": ["--rounds", "5", "--layers", "4"],
-    "boundaries": ["--rounds", "3"],
-    "adapters": ["--rounds", "15", "--shapes", "smollm2"],
-    "dmole": ["--rounds", "5", "--divide", "2"],
+    "training_step": ["--rounds", "3", "--layers", "4", "--steps", "6"],
+    "evaluation": ["--rounds", "2", "--layers", "6", "--rows", "24"],
+    "growth": ["--rounds", "3", "--layers", "4", "--repeats", "1", "--memory-rounds", "1"],
+    "boundaries": ["--rounds", "2"],
+    "adapters": ["--rounds", "7", "--shapes", "smollm2"],
+    "dmole": ["--rounds", "3", "--divide", "2"],
 }
-"""Script and its arguments, to take less than 15 minutes together on two cores."""
+"""Script and its arguments, to take less than 15 minutes together on one core, while another is busy."""
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="count CPU time: for a machine that is busy with other work"
-    )
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--wall-clock", action="store_true", help="measure elapsed time: for a machine that is idle")
+    parser.add_argument("--threads", type=int, help="of torch; default: 1, with --wall-clock its own choice")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the JSON files")
     parser.add_argument("--page", type=Path, default=PAGE, help="the page to write the table into")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     if BEGIN not in options.page.read_text(encoding="utf-8") or END not in options.page.read_text(encoding="utf-8"):
         parser.error(f"{options.page} has no lines {BEGIN} and {END}")
-    begin = time.perf_counter()
+    options.threads = options.threads or (None if options.wall_clock else 1)
+    if options.threads:
+        torch.set_num_threads(options.threads)  # for what the page says
+    took_file = options.out / "seconds.json"
+    took: dict[str, dict[str, float]] = json.loads(took_file.read_text()) if took_file.is_file() else {}
     for name in options.only:
-        run(name, options)
+        took[name] = run(name, options)
+        took_file.write_text(json.dumps(took, indent=2) + "\n", encoding="utf-8")
     rows = {
         name: rows_of(options.out / f"{name}.json") for name in BENCHMARKS if (options.out / f"{name}.json").is_file()
     }
-    write_page(options.page, rows, options)
-    sys.stdout.write(f"{time.perf_counter() - begin:.0f} s; {options.page} is written\n")
+    took = {name: took[name] for name in rows if name in took}
+    write_page(options.page, rows, took, options)
+    for name, seconds in {**took, "together": total(took)}.items():
+        sys.stdout.write(f"{name:>14}: {seconds['wall']:4.0f} s, {seconds['cpu']:4.0f} s of CPU time\n")
+    sys.stdout.write(f"{options.page} is written\n")
 
 
-def run(name: str, options: argparse.Namespace) -> None:
+def total(took: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Sum over the benchmarks."""
+    return {clock: sum(seconds[clock] for seconds in took.values()) for clock in ("wall", "cpu")}
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Run one benchmark; its table goes to the terminal.
+
+    Returns:
+        Seconds that it took: elapsed, and of CPU time.
 
     Raises:
         SystemExit: it failed.
     """
     command = [sys.executable, str(HERE / f"{name}.py"), *BENCHMARKS[name], "--json", str(options.out / f"{name}.json")]
-    if options.cpu_time and name not in ("boundaries", "dmole"):  # which measures processes, and has a table of its own
+    if not options.wall_clock:
         command += ["--cpu-time"]
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(options.threads)} if options.threads else {})}
     sys.stdout.write(f"$ {' '.join(['python', f'benchmarks/{name}.py', *command[2:]])}\n")
     sys.stdout.flush()
+    begin, before = time.perf_counter(), os.times()
     if subprocess.run(command, check=False, env=environment).returncode:
         raise SystemExit(f"{name} failed; {options.page} is left as it is")
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"wall": time.perf_counter() - begin, "cpu": used}
 
 
 def rows_of(path: Path) -> list[Row]:
@@ -108,10 +130,18 @@ def _dmole_rows(entry: dict[str, Any]) -> list[Row]:
     ]
 
 
-def write_page(page: Path, rows: dict[str, list[Row]], options: argparse.Namespace) -> None:
-    """Replace what is between the markers."""
-    clock = "CPU time" if options.cpu_time else "wall-clock time"
-    lines = [BEGIN, "", f"{machine()}; {clock}. Median of the rounds' ratios (10th to 90th percentile).", ""]
+def write_page(
+    page: Path, rows: Mapping[str, list[Row]], took: Mapping[str, Mapping[str, float]], options: argparse.Namespace
+) -> None:
+    """Replace what is between the markers; `summary.json` gets the same.
+
+    Args:
+        took: seconds of each benchmark, `wall` and `cpu`.
+    """
+    clock = "wall-clock time" if options.wall_clock else "CPU time"
+    minutes = {name: seconds / 60 for name, seconds in total(took).items()}
+    lines = [BEGIN, "", f"{machine()}; {clock}. Median of the rounds' ratios (10th to 90th percentile)."]
+    lines += [f"Measured in {minutes['wall']:.0f} minutes, {minutes['cpu']:.0f} of CPU time.", ""]
     lines += ["| what | relative to | ratio | to reach |", "|---|---|---:|---|"]
     for group in rows.values():
         for row in group:
@@ -121,7 +151,10 @@ def write_page(page: Path, rows: dict[str, list[Row]], options: argparse.Namespa
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     page.write_text(before + "\n".join([*lines, "", END]) + after, encoding="utf-8")
-    summary = {name: [asdict(row) for row in group] for name, group in rows.items()}
+    summary = {
+        "seconds": {**took, "together": total(took)},
+        "rows": {name: [asdict(row) for row in group] for name, group in rows.items()},
+    }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 

@@ -5,9 +5,18 @@ model loaded anew for every task after every stage.
     python benchmarks/evaluation.py --cpu-time --threads 1     # on a machine that is busy with other work
 
 The framework's time is that of the evaluations of an ordinary run (six cells, loaders, scores, files and report included). The
-reference loads model, processor and adapters for each cell and calls transformers' `generate` with a KV cache, batch size 1. It
-also says for how many rows both gave the same answer: with a random model in bfloat16 the best two tokens are often equal to the
-last bit, so this need not be all of them (the tests compare tokens in float32).
+reference loads model, processor and adapters for each cell and calls transformers' `generate` with a KV cache, batch size 1.
+Published scripts are processes of their own, which import everything anew: that is not counted. With the model loaded once, it
+would be the same time without loading five of the six times. A last group of rows says which parts of a sample's evaluation a
+batch makes faster.
+
+Prompts are a picture of 36 tokens and a question of some 20 to 30. The answers of two tasks have 4 tokens, as class names and
+short answers to questions do; those of the second, which fills two of the six cells, have 16, as captions do (in UCIT two of six
+tasks are captions). Every row has a picture of its own, and no answer ends early. Batches have 8 rows: with so few rows, larger
+ones would hold more padding than in a real test set, where they are sorted by length.
+
+It also says for how many rows both gave the same answer: with a random model in bfloat16 the best two tokens are often equal to
+the last bit, so this need not be all of them (the tests compare tokens in float32).
 """
 
 import argparse
@@ -25,10 +34,19 @@ from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.engine import resolve_precision
 from mcit_lightning.evaluation.predictions import read_predictions
+from mcit_lightning.generation import generate_tokens
 from mcit_lightning.module import MCITModule
 from mcit_lightning.validation import build_strategy
 
 Answers = dict[tuple[int, str, int], str]
+LENGTHS = dict(zip(workload.TASKS, (4, 16, 4), strict=True))
+"""Tokens of an answer to each task."""
+PARTS = {
+    "batch": "making a row of a batch",
+    "picture": "vision tower, per row",
+    "prefill": "prefill, per row",
+    "decoding": "decoding, per row and token",
+}
 
 
 class Sequence:
@@ -39,7 +57,13 @@ class Sequence:
 
     def config(self, out: Path, *overrides: str) -> ExperimentConfig:
         """Three tasks, all evaluated after each that is trained."""
-        return workload.experiment(self.folder, out, f"strategy={self.strategy}", "data.limit_train=8", *overrides)
+        lengths = (
+            "data.eval_batch_size=8",
+            *(f"tasks.{task}.max_new_tokens={length}" for task, length in LENGTHS.items()),
+        )
+        return workload.experiment(
+            self.folder, out, f"strategy={self.strategy}", "data.limit_train=8", *lengths, *overrides
+        )
 
     def framework(self, *overrides: str) -> float:
         """Seconds of all evaluations of a run."""
@@ -56,21 +80,58 @@ class Sequence:
         ends = [at for name, at in workload.EVENTS if name == "teardown test"]
         return sum(ends) - sum(begins)
 
-    def one_by_one(self, answers: Answers, *, reload: bool) -> float:
-        """Seconds of the same cells, one sample at a time."""
+    def one_by_one(self, answers: Answers) -> tuple[float, float]:
+        """Seconds of the same cells one sample at a time, with a model loaded for each; and those of loading."""
         config = self.config(self.folder / "run")
         config.data.eval_batch_size = 1
-        begin = self.clock()
-        module: MCITModule | None = None
+        begin, loading = self.clock(), 0.0
         for row in range(len(config.order)):
-            checkpoint = read_checkpoint(self.folder / "run" / f"stage_{row + 1:02d}" / "final.ckpt")
-            for column, task in enumerate(config.order[: row + 1]):
-                if module is None or reload:
-                    module = self._load(config)
-                if column == 0 or reload:
-                    module.load_weights(checkpoint)
-                    module.eval()
+            for task in config.order[: row + 1]:
+                since = self.clock()
+                module = self._load(config)
+                module.load_weights(read_checkpoint(self.folder / "run" / f"stage_{row + 1:02d}" / "final.ckpt"))
+                module.eval()
+                loading += self.clock() - since
                 self._cell(config, module, row, task, answers)
+        return self.clock() - begin, loading
+
+    def parts(self, size: int) -> dict[str, float]:
+        """Seconds per row of the parts of an evaluation in batches of a size, over the first 8 rows of the long answers' task."""
+        config, task = self.config(self.folder / "run"), max(LENGTHS, key=LENGTHS.__getitem__)
+        config.data.eval_batch_size = size
+        module = self._load(config)
+        module.load_weights(read_checkpoint(self.folder / "run" / f"stage_{len(LENGTHS):02d}" / "final.ckpt"))
+        module.eval()
+        stream = ContinualDataModule(config, module.processor, module.strategy.stages(config.order))
+        stream.evaluate_only([task])
+        loader = iter(stream.test_dataloader()[0])
+        batches = []
+        found = {"batch": self._timed(lambda: batches.extend(next(loader) for _ in range(8 // size)))}
+        tower = module.model.get_submodule(module.towers.vision)
+        with (
+            torch.inference_mode(),
+            module.strategy.routing(module.towers, batches[0], None),
+            module.towers.generating(),
+        ):
+
+            def generate(tokens: int) -> None:
+                for batch in batches:
+                    generate_tokens(module.model, batch["inputs"], tokens, end_id=-1)
+
+            def see() -> None:
+                for batch in batches:
+                    tower(batch["inputs"]["pixel_values"], output_hidden_states=True)
+
+            generate(1)  # warm up
+            found["picture"] = self._timed(see)
+            first = self._timed(lambda: generate(1))
+            found["decoding"] = (self._timed(lambda: generate(LENGTHS[task])) - first) / (LENGTHS[task] - 1)
+            found["prefill"] = first - found["picture"]
+        return {part: seconds / 8 for part, seconds in found.items()}
+
+    def _timed(self, run: Callable[[], object]) -> float:
+        begin = self.clock()
+        run()
         return self.clock() - begin
 
     def _load(self, config: ExperimentConfig) -> MCITModule:
@@ -89,7 +150,7 @@ class Sequence:
                 module.strategy.routing(module.towers, batch, None),
             ):
                 tokens = module.model.generate(  # type: ignore[operator]
-                    **batch["inputs"], do_sample=False, max_new_tokens=config.data.max_new_tokens, eos_token_id=end
+                    **batch["inputs"], do_sample=False, max_new_tokens=LENGTHS[task], eos_token_id=end
                 )[:, batch["inputs"]["input_ids"].shape[1] :]
             (text,) = module.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers[row, task, batch["index"][0]] = text.strip()
@@ -103,13 +164,25 @@ def measure(options: argparse.Namespace) -> None:
         folder = workload.build(Path(name), layers=options.layers, train=8, test=options.rows)
         sequence, reference = Sequence(folder, strategy, clock), Answers()
         sequence.framework()  # leaves the checkpoints that the others read
+        loading: list[float] = []
+
+        def one_by_one() -> float:
+            seconds, loads = sequence.one_by_one(reference)
+            loading.append(loads)
+            return seconds
+
         variants = {
             "framework": sequence.framework,
             "framework, features kept": lambda: sequence.framework("data.feature_cache=always"),
-            "one by one, reloading": lambda: sequence.one_by_one(reference, reload=True),
-            "one by one": lambda: sequence.one_by_one(reference, reload=False),
+            "one by one, reloading": one_by_one,
         }
         samples = in_turn(variants, options.rounds)
+        parts = [(sequence.parts(8), sequence.parts(1)) for _ in range(options.rounds)]
+    cells = len(LENGTHS) * (len(LENGTHS) + 1) // 2
+    samples["one by one"] = [
+        seconds - loads * (cells - 1) / cells
+        for seconds, loads in zip(samples["one by one, reloading"], loading, strict=True)
+    ]
     same = sum(text == reference.get(key) for key, text in sequence.answers.items()) / len(sequence.answers)
     rows = [
         ratio_row(
@@ -139,6 +212,9 @@ def measure(options: argparse.Namespace) -> None:
             note="above 1: the cache pays",
         ),
     ]
+    for part, name in PARTS.items():
+        pairs = {"batched": [batch[part] for batch, _ in parts], "single": [one[part] for _, one in parts]}
+        rows.append(ratio_row("batched", "single", pairs, name=f"evaluation, {name}", base="batch size 1"))
     report(f"evaluation, {options.layers} decoder layers, {options.rows} rows a task, 6 cells", rows, options)
 
 

@@ -132,11 +132,12 @@ class Clock(L.Callback):
     """Notes when stages, batches and evaluations begin and end, in `EVENTS`.
 
     Args:
-        file: write the events there too, with the time of the day, when a training ends.
+        file: write the events there too when a training ends, with the time of the day.
+        cpu_time: note this process's CPU time instead.
     """
 
-    def __init__(self, file: str | None = None) -> None:
-        self.file = file
+    def __init__(self, file: str | None = None, cpu_time: bool = False) -> None:
+        self.file, self.cpu_time = file, cpu_time
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """`fit` or `test` begins."""
@@ -161,11 +162,11 @@ class Clock(L.Callback):
         """A stage is trained."""
         self._note("train end")
         if self.file:
-            offset = time.time() - time.perf_counter()
+            offset = 0.0 if self.cpu_time else time.time() - time.perf_counter()
             Path(self.file).write_text(json.dumps([(name, at + offset) for name, at in EVENTS]), encoding="utf-8")
 
     def _note(self, name: str) -> None:
-        EVENTS.append((name, CLOCK[0]()))
+        EVENTS.append((name, time.process_time() if self.cpu_time else CLOCK[0]()))
 
 
 CLOCK = [time.perf_counter]

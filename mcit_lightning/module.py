@@ -20,7 +20,7 @@ from mcit_lightning.data.collate import AsksItself
 from mcit_lightning.data.encode import Encoder
 from mcit_lightning.evaluation.metrics import AnswerMetric, task_metric
 from mcit_lightning.evaluation.results import Results
-from mcit_lightning.feature_cache import CachedTower, attach, why_not
+from mcit_lightning.feature_cache import CachedTower, cached_tower
 from mcit_lightning.generation import generate_answers
 from mcit_lightning.loss import Batch
 from mcit_lightning.optimization import build_optimizer, build_schedule, epoch_steps
@@ -123,8 +123,14 @@ class MCITModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Before training: carry out the default plan if no callback decided one, and set what trains."""
-        if self.config.data.feature_cache != "never":
-            self._attach_cache()
+        self.tower_cache = cached_tower(
+            self.towers,
+            self.config.data,
+            Path(self.trainer.default_root_dir).parent / "features",
+            self.trainer.world_size,
+            targets=getattr(self.strategy.config, "targets", {}),
+            read=self.strategy.reads_tower,
+        )
         if stage != "fit":
             return
         if self.structure.plan(self.stage.name) is None:
@@ -147,23 +153,10 @@ class MCITModule(L.LightningModule):
                 logger.info("adapters from stage %s on:\n%s", self.stage.name, self.towers.describe())
             logger.info("stage %s trains %s parameters", self.stage.name, f"{sum(p.numel() for p in trained):,}")
 
-    def _attach_cache(self) -> None:
-        """Keep the tower's outputs, where that is possible."""
-        wanted = self.config.data.feature_cache
-        reason = why_not(self.towers, getattr(self.strategy.config, "targets", {}))
-        if reason and wanted == "always":
-            raise ValueError(f"data.feature_cache: is 'always', but {reason}. Set it to auto or never")
-        if not reason:
-            folder, limit = (
-                Path(self.trainer.default_root_dir).parent / "features",
-                self.config.data.feature_cache_gb * 2**30,
-            )
-            self.tower_cache = attach(self.towers, folder, int(limit), self.trainer.world_size)
-
     def _pictures(self, batch: Batch, *, again: bool = True) -> AbstractContextManager[None]:
-        """Context in which pictures that are seen again come from the cache, if there is one."""
-        if self.tower_cache is None or not again:
-            return nullcontext()
+        """Context of a batch for the tower; pictures that are seen again come from the store, if there is one."""
+        if self.tower_cache is None or self.tower_cache.store is None or not again:
+            return nullcontext() if self.tower_cache is None else self.tower_cache.pictures()
         keys = batch.get("picture_keys")
         if keys is None and any(batch["num_images"]) and self.config.data.feature_cache == "always":
             raise ValueError(

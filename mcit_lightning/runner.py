@@ -105,8 +105,9 @@ class _Run:
             STOP.check()
         state.finished = True
         self.directory.save()
-        if self.module.tower_cache is not None and self.module.global_rank == 0:
-            self.module.tower_cache.store.clear()
+        cache = self.module.tower_cache
+        if cache is not None and cache.store is not None and self.module.global_rank == 0:
+            cache.store.clear()
         self.tensorboard.close()
         return self.module.results
 

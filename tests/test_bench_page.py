@@ -36,6 +36,16 @@ def test_every_variant_runs_once_a_round(bench: ModuleType) -> None:
     assert order == ["a", "b", "b", "a"] and found == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
 
 
+def test_a_boundary_is_without_steps_and_evaluation(bench: ModuleType) -> None:
+    from boundaries import between_stages
+
+    stage = ["setup fit", "first batch", "batch", "batch", "train end", "teardown fit", "setup test", "teardown test"]
+    at = [0.0, 1.0, 5.0, 9.0, 9.5, 9.75, 10.0, 30.0]
+    events = [(name, begin + second) for begin in (0.0, 40.0, 80.0) for name, second in zip(stage, at, strict=True)]
+    # from the second batch at 9 to the next stage's first at 41, but for 20 of evaluation
+    assert between_stages(events) == [12.0, 12.0] and between_stages(events[:8]) == []
+
+
 def test_the_table_goes_between_the_markers(bench: ModuleType, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"before\n{bench.BEGIN}\nold\n{bench.END}\nafter\n")
@@ -43,9 +53,14 @@ def test_the_table_goes_between_the_markers(bench: ModuleType, tmp_path: Path) -
     rows.append(bench.Row("slow", "c", 1.2, 1.1, 1.3, target="<= 1.15"))
     (tmp_path / "growth.json").write_text(json.dumps({"rows": [asdict(row) for row in rows]}))
     found = {"growth": bench.rows_of(tmp_path / "growth.json")}
+    took = {"growth": {"wall": 240.0, "cpu": 90.0}, "dmole": {"wall": 60.0, "cpu": 30.0}}
     for _ in range(2):  # again gives the same page
-        bench.write_page(page, found, argparse.Namespace(cpu_time=True, out=tmp_path))
+        bench.write_page(page, found, took, argparse.Namespace(wall_clock=False, out=tmp_path))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["seconds"] == {**took, "together": {"wall": 300.0, "cpu": 120.0}}
+    assert [row["what"] for row in summary["rows"]["growth"]] == ["a step", "b", "slow"]
     text = page.read_text()
+    assert "Measured in 5 minutes, 2 of CPU time." in text
     assert text.startswith("before\n<!-- bench: begin -->\n") and text.endswith("<!-- bench: end -->\nafter\n")
     assert "| a step | a loop | 1.02 (1.00 to 1.10) | <= 1.05: met |" in text and "CPU time" in text
     assert "| slow | c | 1.20 (1.10 to 1.30) | <= 1.15: **missed** |" in text and "old" not in text

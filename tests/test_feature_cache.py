@@ -11,6 +11,8 @@ import torch
 from processes import start, start_ranks, wait_for
 from smoke_runs import adapters, predictions, small_experiment
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import CLIPVisionModel
 
 from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.feature_cache import CachedTower, FeatureStore, picture_keys
@@ -211,3 +213,36 @@ def test_a_tower_that_adapts_is_not_cached(experiment: Callable[..., ExperimentC
     adapted = "strategy={name: sequential, targets: {vision: [all-linear]}}"
     with pytest.raises(ValueError, match=r"data\.feature_cache: is 'always', but the strategy adapts the vision tower"):
         run(experiment(tmp_path / "run", adapted, "data.feature_cache=always"))
+
+
+def test_a_batch_runs_through_the_tower_once_whatever_is_read_of_it() -> None:
+    tower = Tower()
+    cached = CachedTower(tower, None, [-2], last=True)
+    pixels = torch.rand(2, 3, 2, 2)
+    expected = tower(pixels)
+    tower.seen.clear()
+    for number in (1, 2):  # batches
+        with cached.pictures():
+            assert torch.equal(cached(pixels).last_hidden_state, expected.last_hidden_state)
+            assert torch.equal(cached(pixels, output_hidden_states=-2).hidden_states[-2], expected.hidden_states[-2])
+            assert tower.seen == [2] * number
+    with cached.pictures():  # other pictures are not taken for these
+        assert torch.equal(cached(1 - pixels).last_hidden_state, tower(1 - pixels).last_hidden_state)
+        assert torch.equal(cached(pixels).last_hidden_state, expected.last_hidden_state)
+
+
+def test_keys_and_model_share_a_pass(experiment: Callable[..., ExperimentConfig], tmp_path: Path) -> None:
+    passed: list[int] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, CLIPVisionModel):
+            passed.append(len(output.last_hidden_state))
+
+    hook = register_module_forward_hook(note)
+    try:
+        strategy = "strategy={name: branchlora, rank: 8, experts: 4, freeze_branches: false}"
+        run(experiment(tmp_path / "run", strategy, "order=[colours]", "zero_shot=false"))
+    finally:
+        hook.remove()
+    epochs, rows = 2, {"train": 16, "val": 4}
+    assert sum(passed) == epochs * sum(rows.values()) + 4  # and the test rows

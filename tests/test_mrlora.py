@@ -118,7 +118,9 @@ def test_the_question_is_about_learnt_tasks_and_in_evaluation_batches_alone(step
         assert prompt in text and "A: An expert in colours." in text and "B: An expert in shapes." in text
         assert "counts" not in text.replace(prompt, "")
     assert own["attention_mask"][:, -1].all(), "padded on the left"
-    assert run.strategy.sample_reader()([replace(run.stream.split("shapes", "train")[0])], [(("assistant", "x"),)]) == {}
+    assert (
+        run.strategy.sample_reader()([replace(run.stream.split("shapes", "train")[0])], [(("assistant", "x"),)]) == {}
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- the router's training
@@ -348,7 +350,9 @@ def test_the_callback_is_for_this_strategy(steps: Make) -> None:
         RouterTuning().on_task_end(None, run.module, run.stages[0])  # type: ignore[arg-type]
 
 
-def test_a_configuration_without_the_callback_is_refused(experiment: Callable[..., ExperimentConfig], tmp_path: Any) -> None:
+def test_a_configuration_without_the_callback_is_refused(
+    experiment: Callable[..., ExperimentConfig], tmp_path: Any
+) -> None:
     with pytest.raises(ValueError, match="strategy 'mrlora' needs {_target_: callbacks.RouterTuning}"):
         experiment(tmp_path, "strategy={name: mrlora}")
 

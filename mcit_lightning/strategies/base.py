@@ -45,6 +45,9 @@ class ContinualStrategy(nn.Module):
     """Works where the decoder's weights are spread over processes (fsdp2): they are never read, and outside of training steps all
     processes run the decoder equally often."""
 
+    reads_tower: bool = False
+    """Reads the pretrained vision tower's output for a batch before the model does; where it is the same, it is computed once."""
+
     needs_base_gradients: bool = False
     """Something takes gradients of the frozen base weights, which a quantised base does not have."""
 

@@ -67,6 +67,11 @@ class BranchLoRA(KeyEncoded, MoELoRA):
         return self.config.task_routers and self.config.selector != "oracle"
 
     @property
+    def reads_tower(self) -> bool:  # type: ignore[override]
+        """Whether keys are compared with the vision tower's output."""
+        return self.uses_keys and super().reads_tower
+
+    @property
     def rank(self) -> int:
         """Inner rank of the trunk and of every branch."""
         return self.config.branch_rank or self.config.rank // self.config.experts

@@ -41,7 +41,7 @@ class DMoLE(ContinualStrategy):
 
     def __init__(self, config: DMoLEConfig) -> None:
         super().__init__(config)
-        self.needs_base_gradients = self.needs_scores
+        self.needs_base_gradients, self.reads_tower = self.needs_scores, self.needs_router
         self.tasks: list[str] = []
         self.bank: AutoencoderBank | None = None
         self.scores: dict[str, float] | None = None

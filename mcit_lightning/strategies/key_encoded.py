@@ -16,6 +16,11 @@ class KeyEncoded(ContinualStrategy):
 
     _encoder: KeyEncoder | None = None
 
+    @property
+    def reads_tower(self) -> bool:  # type: ignore[override]
+        """Whether the model's own vision tower embeds the images."""
+        return isinstance(self.key_encoder(), TowerEncoder)
+
     def check(self, towers: Towers, stages: list[Stage]) -> None:
         """Look for the targets, and load the key encoder. Raises ValueError where one of them is not there."""
         super().check(towers, stages)
