@@ -154,9 +154,14 @@ def test_after_one_task_there_is_no_router_to_train_and_nothing_is_asked(steps: 
 
 
 def test_a_trained_router_finds_the_task_whatever_else_is_in_the_batch(steps: Make) -> None:
-    """The tasks' questions differ, so that even a random model learns to tell them apart."""
+    """The tasks' questions differ, and a random model can learn to tell them apart if its activations are of some size."""
     learnt = {"router_samples": 8, "router_epochs": 25, "router_lr": 1e-2, "router_batch_size": 8}
-    run = learn(steps("mrlora", **{**FAST, **learnt}), 2)
+    run = steps("mrlora", **{**FAST, **learnt, "question": "{experts} {question} "})
+    torch.manual_seed(0)
+    for parameter in run.module.model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    learn(run, 2)
     batches = asked(run)[:2]
     for batch in batches:
         with run.strategy.routing(run.towers, batch, None):
