@@ -81,7 +81,7 @@ class ExpertQuestionReader:
     def __call__(self, samples: Sequence[Sample], turns: Sequence[Turns]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` and the processor's other token-wise keys, [B, L], left-padded.
 
-        The pictures are those of the batch's own `inputs`.
+        The pictures are those of the batch's own `inputs`; the processor sees them again to make room for them in the text.
         """
         if any(spoken[-1][0] == "assistant" for spoken in turns):
             return {}
