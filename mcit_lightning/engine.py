@@ -20,8 +20,8 @@ ENGINES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_p
 REFUSED_ENGINES = {
     "fsdp": "FSDP1 cannot be fitted twice, and there is one fit per stage; use fsdp2",
     "model_parallel": "its defaults split single products over the devices; use fsdp2",
-    "deepspeed_stage_3": "ZeRO-3 leaves empty parameters outside of its own hooks, where new adapters, probes and checkpoints "
-    f"need them whole. fsdp2 shards what is large, the frozen decoder; use that, or {ZERO2} for what trains",
+    "deepspeed_stage_3": "ZeRO-3 leaves parameters empty outside of forward passes, also after its engine is gone, where probes, "
+    f"merging and checkpoints read them; use fsdp2, which shards the frozen decoder, or {ZERO2} for what trains",
     "deepspeed": f"of DeepSpeed only {ZERO2} was tried; use that, or ddp, or fsdp2 where the base does not fit",
     "ddp_spawn": "spawned processes end with each fit; use ddp",
     "ddp_fork": "forked processes end with each fit; use ddp",

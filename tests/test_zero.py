@@ -118,7 +118,7 @@ def assert_close(found: Path, expected: Path, tolerance: float = TOLERANCE) -> N
     [
         ("trainer.gradient_clip_algorithm=value", ["gradient_clip_algorithm", "norm", "ddp"]),
         ("trainer.precision=bf16-true", ["trainer.precision", "bf16-true", "bf16-mixed"]),
-        ("backbone.compile=default", ["backbone.compile", ZERO2]),
+        ("backbone.compile=inductor", ["backbone.compile", ZERO2]),
     ],
 )
 def test_what_it_cannot_do_is_refused(override: str, words: list[str]) -> None:
