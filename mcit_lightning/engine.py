@@ -9,18 +9,20 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from mcit_lightning.launch import launched_processes
 from mcit_lightning.sharding import FSDP2Strategy
+from mcit_lightning.zero import ZERO2, ZeRO2Strategy
 
 FSDP2 = "fsdp2"
 """Value of `trainer.strategy` for a decoder whose weights are spread over the processes."""
 FSDP2_PRECISIONS = ("auto", "32-true", "bf16-mixed", "bf16-true")
 """Others would convert weights that are sharded already, or scale gradients that other processes know nothing of."""
-ENGINES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", FSDP2)
+ENGINES = ("auto", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", FSDP2, ZERO2)
 """What `trainer.strategy` takes. `auto`: one device, or DDP with several."""
 REFUSED_ENGINES = {
     "fsdp": "FSDP1 cannot be fitted twice, and there is one fit per stage; use fsdp2",
     "model_parallel": "its defaults split single products over the devices; use fsdp2",
-    "deepspeed": "its engine cannot be initialised again for the next stage, and writes checkpoints of its own that no other "
-    "engine loads. ZeRO-2 saves only optimizer states of adapters; use ddp. In place of ZeRO-3 use fsdp2",
+    "deepspeed_stage_3": "ZeRO-3 leaves parameters empty outside of forward passes, also after its engine is gone, where probes, "
+    f"merging and checkpoints read them; use fsdp2, which shards the frozen decoder, or {ZERO2} for what trains",
+    "deepspeed": f"of DeepSpeed only {ZERO2} was tried; use that, or ddp, or fsdp2 where the base does not fit",
     "ddp_spawn": "spawned processes end with each fit; use ddp",
     "ddp_fork": "forked processes end with each fit; use ddp",
     "ddp_notebook": "forked processes end with each fit; use ddp",
@@ -92,6 +94,8 @@ def build_engine(trainer: Mapping[str, Any], *, find_unused: bool) -> Strategy |
     engine = str(trainer.get("strategy", "auto"))
     if engine == FSDP2:
         return FSDP2Strategy(planned_devices(trainer), find_unused=find_unused)
+    if engine == ZERO2:
+        return ZeRO2Strategy()
     if engine.startswith("ddp") or (engine == "auto" and planned_devices(trainer) > 1):
         find_unused = find_unused or "find_unused_parameters_true" in engine
         return DDPStrategy(find_unused_parameters=find_unused, broadcast_buffers=False)

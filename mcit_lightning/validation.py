@@ -22,6 +22,7 @@ from mcit_lightning.quantization import check_quantization
 from mcit_lightning.registry import nearest
 from mcit_lightning.stage_logger import check_loggers
 from mcit_lightning.strategies import STRATEGIES, ContinualStrategy
+from mcit_lightning.zero import ZERO2, check_zero2
 
 RUNNER_SETS = {
     "callbacks": "use the experiment's callbacks list",
@@ -61,6 +62,8 @@ def validate(config: ExperimentConfig, source: str) -> None:
         _trainer(config.trainer)
         if config.trainer.get("strategy") == FSDP2:
             _sharded(config, strategy)
+        if config.trainer.get("strategy") == ZERO2:
+            check_zero2(config)
         check_quantization(config, strategy)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error

@@ -62,7 +62,7 @@ def test_order_defaults_to_the_tasks_as_written(tmp_path: Path) -> None:
         ("trainer.max_epochs=2", ["trainer.max_epochs", "tasks.<name>.epochs"]),
         ("trainer.strategy=fsdp", ["trainer.strategy", "fsdp", "refused"]),
         ("trainer.strategy=fsdp_cpu_offload", ["trainer.strategy", "refused", "use fsdp2"]),
-        ("trainer.strategy=deepspeed_stage_2", ["trainer.strategy", "refused", "use ddp"]),
+        ("trainer.strategy=deepspeed_stage_1", ["trainer.strategy", "refused", "deepspeed_stage_2"]),
         ("trainer.strategy=deepspeed_stage_3_offload", ["trainer.strategy", "refused", "use fsdp2"]),
         ("trainer.strategy=ddp_fork", ["trainer.strategy", "refused", "use ddp"]),
         ("trainer.strategy=model_parallel", ["trainer.strategy", "refused", "use fsdp2"]),
