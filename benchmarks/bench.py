@@ -28,8 +28,8 @@ PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 BENCHMARKS: dict[str, list[str]] = {
     "training_step": ["--rounds", "3", "--layers", "4", "--steps", "6"],
-    "evaluation": ["--rounds", "2", "--layers", "6", "--rows", "24"],
-    "growth": ["--rounds", "3", "--layers", "4", "--repeats", "1", "--memory-rounds", "1"],
+    "evaluation": ["--rounds", "2", "--layers", "15", "--rows", "16"],
+    "growth": ["--rounds", "2", "--layers", "4", "--repeats", "1", "--memory-rounds", "1"],
     "boundaries": ["--rounds", "2"],
     "adapters": ["--rounds", "7", "--shapes", "smollm2"],
     "dmole": ["--rounds", "3", "--divide", "2"],

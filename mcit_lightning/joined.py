@@ -1,8 +1,8 @@
 """Products that keep nothing for the backward pass but what they are given.
 
 Branches are parameters of their own, but one product over all of them is faster than a product each. Autograd would keep the
-joined copy until the backward pass, and a router's float32 copy of its input; here they are made again there, so that a layer
-with many branches keeps no more memory than one with a single branch.
+joined copy until the backward pass, and a router's float32 copy of its input; here they are made again there, and of the input is
+kept what the parts that train read, so that a layer with many branches keeps no more memory than one with a single branch.
 
 Shapes: B batch, S tokens, E branches, r rank, n inputs and m outputs of the product.
 """
@@ -85,24 +85,42 @@ def _rows(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _where(needed: Sequence[bool], pieces: Sequence[Tensor]) -> list[Tensor | None]:
-    return [piece if wanted else None for wanted, piece in zip(needed, pieces, strict=True)]
+    """The pieces that are needed; as copies if others are not, because a view would hold those in memory as a gradient."""
+    return [
+        (piece if all(needed) else piece.clone()) if wanted else None
+        for wanted, piece in zip(needed, pieces, strict=True)
+    ]
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Tensor | None, dim: int, *parts: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *parts)
-        ctx.dim = dim
+        needed = ctx.needs_input_grad[3:]
+        sizes = [part.shape[1] for part in parts]
+        if all(needed):
+            kept = [x]
+        elif dim == 0:
+            kept = [x] if any(needed) else []
+        else:  # each part reads columns of its own
+            pieces = x.split(sizes, -1)
+            kept = [piece.clone() for piece, wanted in zip(pieces, needed, strict=True) if wanted]
+        ctx.save_for_backward(*parts, *kept)
+        ctx.dim, ctx.sizes = dim, sizes
         return _product(x, join(parts, dim, x.dtype), base)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parts = ctx.saved_tensors
         needs_x, needs_base, _, *needs_part = ctx.needs_input_grad
+        parts, kept = ctx.saved_tensors[: len(needs_part)], ctx.saved_tensors[len(needs_part) :]
         of_x = grad @ join(parts, ctx.dim, grad.dtype) if needs_x else None
         of_parts: list[Tensor | None] = [None] * len(parts)
         if any(needs_part):
+            x = kept[0]
+            if ctx.dim == 1 and not all(needs_part):  # zeros elsewhere: a product of the same shape rounds alike
+                rows, left = grad.shape[:-1], iter(kept)
+                columns = zip(ctx.sizes, needs_part, strict=True)
+                x = torch.cat([next(left) if wanted else grad.new_zeros(*rows, size) for size, wanted in columns], -1)
             whole = (grad.flatten(0, -2).T @ x.flatten(0, -2)).to(parts[0].dtype)
             of_parts = _where(needs_part, whole.split([part.shape[ctx.dim] for part in parts], ctx.dim))
         return of_x, grad if needs_base else None, None, *of_parts

@@ -55,6 +55,41 @@ def test_frozen_parts_get_no_gradient(frozen: tuple[int, ...]) -> None:
     assert x.grad is not None and gate.grad is not None and base.grad is not None
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("trains", [(), (1,), (0, 2), (0, 1, 2)])
+def test_frozen_parts_change_no_gradient_and_keep_no_memory(dim: int, trains: tuple[int, ...]) -> None:
+    shapes = [(4, 32)] * 3 if dim == 0 else [(32, 4)] * 3
+    width = 32 if dim == 0 else 12
+
+    def run(frozen: set[int]) -> tuple[int, Tensor, list[Tensor | None]]:
+        x, *parts = (tensor.detach().float().requires_grad_() for tensor in tensors((8, 16, width), *shapes))
+        for index in frozen:
+            parts[index].requires_grad_(False)
+        own = {tensor.untyped_storage().data_ptr() for tensor in parts}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = linear(x, parts, dim)
+        y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        assert x.grad is not None
+        return sum(kept.values()), x.grad, [part.grad for part in parts]
+
+    _, of_x, of_parts = run(set())
+    kept, own_x, own_parts = run({0, 1, 2} - set(trains))
+    assert torch.equal(own_x, of_x)  # bitwise: what is frozen does not change how the others train
+    for index, (own, other) in enumerate(zip(own_parts, of_parts, strict=True)):
+        assert (own is None) == (index not in trains)
+        if own is not None and other is not None:
+            assert torch.equal(own, other) and (len(trains) == 3 or own.untyped_storage().nbytes() == own.nbytes)
+    columns = width if dim == 0 and trains else 4 * len(trains)
+    assert kept == 8 * 16 * columns * 4
+
+
 def test_router_logits_are_float32_products_of_a_bfloat16_input() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 64).to(torch.bfloat16).requires_grad_()
