@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS, PATIENCE = 10, 120
-"""Seconds of computation, and by the clock, that no single input may take longer than; a busy machine may make the latter long."""
+"""Seconds of computation, and by the clock, that no single input may take longer than; a busy machine makes the latter long."""
 REMEDY = re.compile(
     r"\b(add|choose|correct|delete|did you mean|give|install|known|lower|make|must|name|needs?|overwrite|put|raise|remove|"
     r"check|continue|replace|restore|save|set|start|undo|use|valid|write)\b",
