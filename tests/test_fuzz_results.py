@@ -111,6 +111,7 @@ def read(
     def make(compare: bool) -> Callable[[], None]:
         def report() -> None:
             caplog.clear()
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
             several = [str(runs[1]), "--out", str(tmp_path / "out")] if compare else []
             status = main(["report", str(runs[0]), *several])
             errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
@@ -119,7 +120,6 @@ def read(
             if errors:
                 assert not (tmp_path / "out").exists() and str(runs[0]) in errors[0], errors[0]
                 raise ValueError(errors[0])
-            shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
         return report
 
