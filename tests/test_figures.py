@@ -3,16 +3,22 @@
 import importlib.util
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib
 import pytest
+from PIL import ImageFont
 
 from mcit_lightning.strategies import STRATEGIES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 FOLDER = DOCS / "figures"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.svg"))
+DEJAVU = Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+FONTS = {True: ImageFont.truetype(DEJAVU, 11), False: ImageFont.truetype(DEJAVU, 12)}
+"""Small -> the font of a text."""
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -48,6 +54,22 @@ def test_a_figure_is_readable_in_light_and_dark(name: str) -> None:
     for box in root.iter(f"{SVG}rect"):
         x, y, wide, high = (float(box.attrib[key]) for key in ("x", "y", "width", "height"))
         assert x >= 0 and y >= 0 and x + wide <= width and y + high <= height
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_is_cut_or_overlaps_another(name: str) -> None:
+    """In DejaVu Sans, the widest of the fonts that the figures ask for."""
+    root = ET.parse(FOLDER / f"{name}.svg").getroot()
+    limit, spans = float(root.attrib["viewBox"].split()[2]), []
+    for text in root.iter(f"{SVG}text"):
+        styles, x = text.attrib["class"].split(), float(text.attrib["x"])
+        assert text.text is not None
+        width = FONTS["small" in styles].getlength(text.text)
+        left = x - width / 2 if "middle" in styles else x
+        spans.append((float(text.attrib["y"]), left, left + width, text.text))
+        assert left >= 0 and left + width <= limit, f"{text.text!r} is cut"
+    for (y, _, right, one), (below, left, _, two) in pairwise(sorted(spans)):
+        assert y != below or right < left, f"{one!r} runs into {two!r}"
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))

@@ -9,8 +9,8 @@ An entry of `figures.txt` starts with its name in brackets, then `key: value` li
     legend     other texts in the legend, as cells
     learn, ask lines below the columns and below the answer, `/` breaks them
 
-The first character of a cell is what it is (`KINDS`), `_` is a space in its text, `.` an empty cell. A row that starts with a
-backquote is text without cells.
+The first character of a cell is what it is (`KINDS`), `_` is a space in its text and `__` a `_`, `.` is an empty cell. A row
+that starts with a backquote is text without cells.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def draw(figure: Figure) -> str:
     for note, x in zip(notes, (4.0, places[-1]), strict=True):
         out += [_text(x, bottom + 13 + 15 * index, line.strip(), "small") for index, line in enumerate(note) if line]
     y = bottom + 18 + 15 * max(map(len, notes))
-    named = {cell[0]: cell[1:].replace("_", " ") for cell in figure.get("legend", [""])[0].split()}
+    named = {cell[0]: _plain(cell[1:]) for cell in figure.get("legend", [""])[0].split()}
     out += _legend({kind: named.get(kind, text) for kind, (_, text) in KINDS.items() if kind in kinds}, y)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 10:g}" width="{WIDTH * 1.5:g}">'
     return "\n".join([head, f"<style>{STYLE}</style>", *out, "</svg>", ""])
@@ -110,7 +110,7 @@ def _cells(row: str, left: float, width: float) -> list[Cell]:
         return [("`", row[1:], left, width)]
     parts = row.split()
     each = (width - 3 * (len(parts) - 1)) / max(len(parts), 1)
-    laid = [(part[0], part[1:].replace("_", " "), left + i * (each + 3), each) for i, part in enumerate(parts)]
+    laid = [(part[0], _plain(part[1:]), left + i * (each + 3), each) for i, part in enumerate(parts)]
     return [cell for cell in laid if cell[0] != "."]
 
 
@@ -162,6 +162,10 @@ def _legend(texts: dict[str, str], y: float) -> list[str]:
         out.append(_text(x + 14, y + 1, text, "small quiet"))
         x += 24 + 6.1 * len(text)
     return out
+
+
+def _plain(text: str) -> str:
+    return text.replace("__", "\0").replace("_", " ").replace("\0", "_")
 
 
 def _text(x: float, y: float, text: str, style: str) -> str:
