@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,12 @@ def test_the_base_stays_bit_identical(name: str, finished: Callable[[str], Run])
     done = finished(name)
     module, fresh = done.seen.module, done.fresh()
     saved = module.saved_keys()
+    inside = (
+        (".base.", "."),
+        ("vision_tower.tower.", "vision_tower."),
+    )
     now = {
-        key.replace(".base.", "."): value
+        reduce(lambda name, pair: name.replace(*pair), inside, key): value
         for key, value in module.model.state_dict().items()
         if f"model.{key}" not in saved
     }
