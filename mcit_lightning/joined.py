@@ -112,7 +112,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_base, _, *needs_part = ctx.needs_input_grad
-        parts, kept = ctx.saved_tensors[: len(needs_part)], ctx.saved_tensors[len(needs_part) :]
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them out a single time
+        parts, kept = saved[: len(needs_part)], saved[len(needs_part) :]
         of_x = grad @ join(parts, ctx.dim, grad.dtype) if needs_x else None
         of_parts: list[Tensor | None] = [None] * len(parts)
         if any(needs_part):

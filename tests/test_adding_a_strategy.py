@@ -65,6 +65,6 @@ def test_every_strategy_of_the_package_has_a_row_and_an_experiment() -> None:
     rows = (PAGE.parent / "strategies.md").read_text(encoding="utf-8")
     own = [name for name in STRATEGIES if STRATEGIES.get(name).__module__.startswith("mcit_lightning.strategies.")]
     references = {"sequential", "joint", "individual", "zero_shot"}
-    assert [name for name in own if f"| `{name}` |" not in rows] == []
+    assert [name for name in own if f"| [`{name}`](#" not in rows] == []
     used = {load_config(path).strategy["name"] for path in experiments_dir().glob("*quickstart.yaml")}
     assert set(own) - references <= used

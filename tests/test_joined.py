@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mcit_lightning.adapters import AdapterLinear
 from mcit_lightning.joined import float_linear, linear, mix, mixed_linear
@@ -88,6 +89,22 @@ def test_frozen_parts_change_no_gradient_and_keep_no_memory(dim: int, trains: tu
             assert torch.equal(own, other) and (len(trains) == 3 or own.untyped_storage().nbytes() == own.nbytes)
     columns = width if dim == 0 and trains else 4 * len(trains)
     assert kept == 8 * 16 * columns * 4
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_frozen_parts_under_activation_checkpointing(dim: int) -> None:
+    """Which gives a backward pass what was saved a single time."""
+    x, *parts = tensors((4, 3, 6), *([(2, 6), (3, 6)] if dim == 0 else [(5, 2), (5, 4)]))
+    parts[0].requires_grad_(False)
+
+    def gradients(checkpointed: bool) -> tuple[Tensor, ...]:
+        if checkpointed:
+            answer = checkpoint(lambda value: linear(value, parts, dim), x, use_reentrant=False)
+        else:
+            answer = linear(x, parts, dim)
+        return torch.autograd.grad(answer.square().sum(), [x, parts[1]])
+
+    assert all(map(torch.equal, gradients(True), gradients(False)))
 
 
 def test_router_logits_are_float32_products_of_a_bfloat16_input() -> None:
