@@ -24,14 +24,11 @@ from typing import Any
 import torch
 import workload
 import yaml
+from dmole import build
 from ratios import Row, in_turn, parser, prepare, ratio_row, report
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
 )
 
 from mcit_lightning.backbone import Backbone, load_backbone
@@ -184,18 +181,10 @@ def counted(tasks: int) -> Row:
     The base in bfloat16, experts, autoencoders, gradients and Adam's moments in float32, rank 8 on the attention of both towers,
     as in `experiments/dmole_llava7b.yaml`. Activations, which both have alike, are left out: with them the ratio is smaller.
     """
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=LlamaConfig()))
+        model, of_tower = build("llava7b", divide=1)
     towers, stage = Towers.of(model), STAGES[0]
-    names = {"vision": ["q_proj", "k_proj", "v_proj", "out_proj"], "language": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    names = {"vision": of_tower, "language": ["q_proj", "k_proj", "v_proj", "o_proj"]}
     strategy = DMoLE(DMoLEConfig(rank=8, alpha=16, targets=names))
     paths = [path for own in strategy.candidates(towers).values() for path in own]
     strategy.scores = dict.fromkeys(paths, 1.0)

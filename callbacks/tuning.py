@@ -2,12 +2,11 @@
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from callbacks.base import TaskCallback, require
+from callbacks.base import TaskCallback, require, save_results
 from mcit_lightning.module import MCITModule
 from mcit_lightning.probe import evaluate_with_checkpointing
 from mcit_lightning.stages import Stage
@@ -57,8 +56,8 @@ class RouterTuning(TaskCallback):
         module.model.eval()
         cost = module.results.cost_row(stage.name, stage.folder, stage.row)
         cost.router_seconds = time.perf_counter() - began
+        save_results(trainer, module)
         if trainer.is_global_zero:
-            module.results.save(Path(trainer.default_root_dir).parent)
             logger.info(
                 "stage %s: router of %d samples in %d steps, %.1f s: loss %.4g in the first epoch, %.4g in the last",
                 *(stage.name, len(kept), len(steps), cost.router_seconds, first, last),

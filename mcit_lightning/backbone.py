@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
 from mcit_lightning.config import BackboneConfig
+from mcit_lightning.errors import first_line
 from mcit_lightning.processors import read_processor
 from mcit_lightning.quantization import quantization_arguments
 from mcit_lightning.towers import Towers
@@ -112,6 +113,6 @@ class _explained:
             # of a dozen kinds: a damaged file ends in any of the readers' own
             raise ValueError(
                 f"backbone.id: cannot load {self.config.id!r} (revision {self.config.revision or 'main'}): "
-                f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}. "
+                f"{first_line(error)}. "
                 "Give a folder with a saved LLaVA-style model and its processor, or a hub name that this machine can reach."
             ) from error

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from mcit_lightning.errors import first_line
 from mcit_lightning.evaluation.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         try:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, KeyError, ...
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = first_line(error)
             raise ValueError(
                 f"{path}: cannot be read as a checkpoint ({first}), though it is as it was written; nothing in it was executed. "
                 "Another program or version wrote it: put the right file there, or delete it, the stage is then done again"

@@ -10,6 +10,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPModel, ProcessorMixin
 
 from mcit_lightning.data.images import load_image
 from mcit_lightning.data.records import Sample, Turns
+from mcit_lightning.errors import first_line
 from mcit_lightning.key_encoders import Embeddings, KeyEncoder, mean_by_owner
 from mcit_lightning.loss import Batch
 from mcit_lightning.processors import read_processor
@@ -104,7 +105,7 @@ def _load(name: str) -> tuple[CLIPModel, ProcessorMixin]:
             raise ValueError(f"weights are missing: {', '.join(sorted(report['missing_keys'])[:3])}")
         processor = read_processor(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"strategy.key_encoder: cannot load {name!r}: {reason.rstrip('.')}. {remedy}") from error
     model.requires_grad_(False)
     return model.eval(), processor

@@ -122,9 +122,8 @@ class CachedTower(nn.Module):
         super().__init__()
         self.tower, self.store, self.layers = tower, store, list(layers)
         self._always = [f"layer{index}" for index in self.layers]
-        if (
-            last or not self.layers or self.layers == [-1]
-        ):  # some families read the last layer's output under its own name
+        # some families read the last layer's output under its own name
+        if last or not self.layers or self.layers == [-1]:
             self._always.append("last")
         self._inside = False
         self._keys: list[str] | None = None
@@ -238,9 +237,9 @@ def cached_tower(
     if data.feature_cache == "never" and not read:
         return None
     reason = why_not(towers, targets)
-    if reason and data.feature_cache == "always":
-        raise ValueError(f"data.feature_cache: is 'always', but {reason}. Set it to auto or never")
     if reason:
+        if data.feature_cache == "always":
+            raise ValueError(f"data.feature_cache: is 'always', but {reason}. Set it to auto or never")
         return None
     tower = towers.model.get_submodule(towers.vision)
     if isinstance(tower, CachedTower):

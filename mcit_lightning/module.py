@@ -155,8 +155,10 @@ class MCITModule(L.LightningModule):
 
     def _pictures(self, batch: Batch, *, again: bool = True) -> AbstractContextManager[None]:
         """Context of a batch for the tower; pictures that are seen again come from the store, if there is one."""
-        if self.tower_cache is None or self.tower_cache.store is None or not again:
-            return nullcontext() if self.tower_cache is None else self.tower_cache.pictures()
+        if self.tower_cache is None:
+            return nullcontext()
+        if self.tower_cache.store is None or not again:
+            return self.tower_cache.pictures()
         keys = batch.get("picture_keys")
         if keys is None and any(batch["num_images"]) and self.config.data.feature_cache == "always":
             raise ValueError(

@@ -19,6 +19,7 @@ from mcit_lightning.config import ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.data.presence import require_files
 from mcit_lightning.engine import engine_arguments, resolve_precision
+from mcit_lightning.errors import first_line
 from mcit_lightning.evaluation.held_out import HeldOut
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import split_node
@@ -184,7 +185,7 @@ class _Run:
                 use_distributed_sampler=False,
             )
         except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
-            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            text = first_line(error)
             raise ValueError(f"trainer or callbacks: a value is refused: {text}") from error
 
     def _callback_nodes(self) -> list[tuple[Any, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mcit_lightning.data.records import Sample, Turns
+from mcit_lightning.errors import first_line
 from mcit_lightning.loss import Batch
 
 
@@ -108,7 +109,7 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}")
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(
             f"strategy.instruction_encoder: cannot load {name!r}: {reason.rstrip('.')}. {remedy}"
         ) from error

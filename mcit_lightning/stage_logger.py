@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from mcit_lightning.errors import first_line
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.instantiate import check_arguments, split_node
 from mcit_lightning.loggers import curve_values
@@ -108,6 +109,6 @@ def build_loggers(nodes: Sequence[Mapping[str, Any]], root: Path) -> list[StageL
         try:
             loggers.append(StageLogger(target(**kwargs)))
         except (ImportError, ModuleNotFoundError, TypeError, ValueError) as error:
-            text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            text = first_line(error)
             raise ValueError(f"loggers[{index}]: {node['_target_']} cannot be made: {text}") from error
     return loggers

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -126,12 +125,8 @@ def test_the_base_stays_bit_identical(name: str, finished: Callable[[str], Run])
     done = finished(name)
     module, fresh = done.seen.module, done.fresh()
     saved = module.saved_keys()
-    inside = (
-        (".base.", "."),
-        ("vision_tower.tower.", "vision_tower."),
-    )
     now = {
-        reduce(lambda name, pair: name.replace(*pair), inside, key): value
+        key.replace(".base.", ".").replace("vision_tower.tower.", "vision_tower."): value
         for key, value in module.model.state_dict().items()
         if f"model.{key}" not in saved
     }

@@ -185,12 +185,8 @@ class MRLoRA(TaskLoRA):
         """Context in which the model is the router, for a batch of any prompts."""
         size = len(batch["id"])
         self._select(towers, batch, [ROUTER], torch.zeros(size, dtype=torch.long, device=towers.model.device))
-        self._choose_projectors(towers, batch, torch.full((size,), -1, device=towers.model.device))
-        try:
+        with self._through_projectors(towers, batch, torch.full((size,), -1, device=towers.model.device)):
             yield
-        finally:
-            if self.projectors is not None:
-                self.projectors.choose(None)
 
     @torch.no_grad()
     def _ask(self, towers: Towers, batch: Batch) -> list[int]:
@@ -257,16 +253,17 @@ class MRLoRA(TaskLoRA):
 
     @contextmanager
     def _through_projectors(self, towers: Towers, batch: Batch, choice: Tensor) -> Iterator[None]:
-        """Context in which each picture goes through the projector of its sample's expert."""
-        self._choose_projectors(towers, batch, choice)
+        """Context in which each picture goes through the projector of its sample's expert.
+
+        Args:
+            choice: [B], indices into `tasks`; -1 for the pretrained projector, which is kept before those.
+        """
+        if not self._keeps_projectors:
+            yield
+            return
+        assert self.projectors is not None
+        self.projectors.choose((choice + 1).index_select(0, tile_owners(towers, batch)))
         try:
             yield
         finally:
-            if self.projectors is not None:
-                self.projectors.choose(None)
-
-    def _choose_projectors(self, towers: Towers, batch: Batch, choice: Tensor) -> None:
-        """Args: choice: [B], indices into `tasks`; -1 for the pretrained projector, which is kept before those."""
-        if self._keeps_projectors:
-            assert self.projectors is not None
-            self.projectors.choose((choice + 1).index_select(0, tile_owners(towers, batch)))
+            self.projectors.choose(None)
