@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import kill
+import lightning as L
 import pytest
 import torch
 from processes import TESTS, start_ranks, wait_for
@@ -21,7 +22,27 @@ NAMES = ("sequential", "branchlora", "dmole", "ewc")
 """One set of weights; routers and counts; growth and a probe; gradients after the training."""
 
 
-def accumulating(data: str, out: str, engine: str) -> ExperimentConfig:
+class ZeroGaps(L.Callback):
+    """What ZeRO does to a parameter without a gradient, for the other engines: it steps with a gradient of zero."""
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+
+def with_gaps(data: str, out: str, engine: str, *, filled: bool = False) -> ExperimentConfig:
+    """The task in which half of the rows have no image, sorted by length: the projector has no gradient in some of the steps."""
+    config = accumulating(data, out, engine, f"order=[{TASKS[1]}]")
+    if filled:
+        config.callbacks.append({"_target_": f"{__name__}.ZeroGaps"})
+    return config
+
+
+def accumulating(data: str, out: str, engine: str, *overrides: str) -> ExperimentConfig:
     """Steps of two micro-batches, an epoch's last one of a single one; a checkpoint every second step."""
     return small_experiment(
         Path(data),
@@ -35,12 +56,16 @@ def accumulating(data: str, out: str, engine: str) -> ExperimentConfig:
         "data.limit_train=20",
         "optim.lr=1e-3",
         "optim.projector_lr=1e-3",
+        *overrides,
     )
 
 
 def train(data: str, root: str) -> None:
     """Whole runs, and one that is killed; in a process of its own, one per rank."""
     work(data, f"{root}/2", 2, ZERO2, NAMES)
+    run(with_gaps(data, f"{root}/gaps", ZERO2))
+    run(with_gaps(data, f"{root}/gaps_filled", "ddp", filled=True))
+    run(with_gaps(data, f"{root}/gaps_skipped", "ddp"))
     run(accumulating(data, f"{root}/whole", ZERO2))
     kill.POINT = ("batch", 0, 4)
     try:
@@ -95,6 +120,13 @@ def test_it_learns_what_one_process_learns(runs: Path, strategy: str) -> None:
 @pytest.mark.slow
 def test_incomplete_windows_of_accumulation_are_those_of_ddp(runs: Path) -> None:
     assert_close(runs / "whole", runs / "ddp")
+
+
+@pytest.mark.slow
+def test_a_parameter_without_a_gradient_steps_with_zero(runs: Path) -> None:
+    assert_close(runs / "gaps", runs / "gaps_filled")
+    filled, skipped = weights(runs / "gaps_filled"), weights(runs / "gaps_skipped")
+    assert max(float((filled[name] - skipped[name]).abs().max()) for name in filled) > 10 * TOLERANCE
 
 
 @pytest.mark.slow
