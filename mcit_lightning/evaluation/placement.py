@@ -40,9 +40,11 @@ class TowerModules:
 
 
 def tower_modules(results: Results) -> list[TowerModules]:
-    """The towers in the order of the results, each with its modules in natural order: layer 10 after layer 9."""
+    """The towers that have modules, in the order of the results, each with its own in natural order: layer 10 after layer 9."""
     towers = []
     for tower, modules in results.modules.items():
+        if not modules:
+            continue
         layers = by_layer(dict.fromkeys(sorted(modules, key=natural), 0.0))
         labels = [path.rpartition(".")[2] for path in layers]
         groups = [(label, list(own)) for label, own in zip(labels, layers.values(), strict=True)]

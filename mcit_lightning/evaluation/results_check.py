@@ -4,6 +4,7 @@ A file that was changed by hand or by another program is refused here, by the na
 Fields that nothing reads may hold anything.
 """
 
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ Check = Callable[[Any, str], None]
 TOWERS = ("vision", "language")
 LARGEST = 10**15
 """Of counts, seconds, bytes and scores: far above any, and far below what a drawing could not take."""
+UNDRAWABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""Characters that XML, and so a page's figures, cannot have: control characters and halves of a pair."""
 
 
 def check_results(values: dict[str, Any]) -> None:
@@ -40,9 +43,11 @@ def check_results(values: dict[str, Any]) -> None:
 
 
 def text(value: Any, key: str) -> None:
-    """A text."""
+    """A text that a page can show."""
     if not isinstance(value, str):
         raise _wrong(value, key, "a text")
+    if UNDRAWABLE.search(value):
+        raise _wrong(value, key, "a text without control characters")
 
 
 def folder(value: Any, key: str) -> None:
@@ -107,6 +112,8 @@ def table(check: Check, keys: Collection[str] | None = None) -> Check:
         for name, item in _mapping(value, key).items():
             if keys is not None and name not in keys:
                 raise ValueError(f"{key}: has the key {name!r:.80}, must have {' and '.join(keys)} at most")
+            if UNDRAWABLE.search(name):
+                raise ValueError(f"{key}: has the key {name!r:.80}, must have keys without control characters")
             check(item, f"{key}.{name:.80}")
 
     return check_table
