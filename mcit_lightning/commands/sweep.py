@@ -111,7 +111,8 @@ def make_plan(source: str, settings: Sequence[str]) -> "tuple[SweepPlan, dict[st
         if not equals:
             raise ValueError(f"{setting!r}: write it as key=value, for example seeds=0,1,2")
         if key in ("seed", "order"):
-            raise ValueError(f"{setting}: in a sweep, write {key}s=... (of plan or experiment: {source})")
+            instead = f"seeds={value}" if key == "seed" else f"orders=[{value}]"
+            raise ValueError(f"{setting}: a sweep has one or several of them; write {instead}")
         run, colon, inner = key.partition(":")
         if colon:
             single.setdefault(run, []).append(f"{inner}={value}")
