@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from mcit_lightning.commands import find_command
 from mcit_lightning.commands.sweep import make_plan, names
 from mcit_lightning.loading import find_experiment, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONS = re.compile(r"--\w+ \S+")
 OWN = ("imports=", "EXP=my_")
 """Of commands for a file that the reader has written; the pages with these files have tests of their own."""
 ABSENT = ("backbone.quantization=",)
@@ -35,11 +35,13 @@ def test_a_command_is_a_configuration(page: str, line: str, tmp_path: Path, monk
     words = shlex.split(line, comments=True)
     given = dict(word.split("=", 1) for word in words[2:])
     assert given.keys() <= {"EXP", "ARGS"}, line
-    experiment, settings = given.get("EXP", "quickstart"), shlex.split(OPTIONS.sub("", given.get("ARGS", "")))
+    experiment, settings = given.get("EXP", "quickstart"), shlex.split(given.get("ARGS", ""))
     if words[1] == "exp":
         load_config(find_experiment(experiment), [*settings, "dry_run=true"])
     else:
-        plan, own = make_plan(experiment, settings)
+        command, rest = find_command(["sweep", experiment, *settings])
+        options = command.parser().parse_intermixed_args(rest)
+        plan, own = make_plan(options.plan, options.settings)
         assert plan.cells(tmp_path, names(own.get("only", "")))
 
 
