@@ -12,11 +12,12 @@ batch makes faster.
 
 Prompts are a picture of 36 tokens and a question of some 20 to 30. The answers of two tasks have 4 tokens, as class names and
 short answers to questions do; those of the second, which fills two of the six cells, have 16, as captions do (in UCIT two of six
-tasks are captions). Every row has a picture of its own, and no answer ends early. Batches have 8 rows: with so few rows, larger
-ones would hold more padding than in a real test set, where they are sorted by length.
+tasks are captions). Every row has a picture of its own, and no answer ends early. Batches have the 16 rows that are the default
+(`data.eval_batch_size`). The reference answers a seeded sample of each cell, every fourth row; its time without loading counts
+four times.
 
-It also says for how many rows both gave the same answer: with a random model in bfloat16 the best two tokens are often equal to
-the last bit, so this need not be all of them (the tests compare tokens in float32).
+It also says for how many of those rows both gave the same answer: with a random model in bfloat16 the best two tokens are often
+equal to the last bit, so this need not be all of them (the tests compare tokens in float32).
 """
 
 import argparse
@@ -30,7 +31,7 @@ from ratios import in_turn, parser, prepare, ratio_row, report
 
 from mcit_lightning.backbone import load_backbone
 from mcit_lightning.checkpoints import read_checkpoint
-from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.config import DataConfig, ExperimentConfig
 from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.engine import resolve_precision
 from mcit_lightning.evaluation.predictions import read_predictions
@@ -39,6 +40,7 @@ from mcit_lightning.module import MCITModule
 from mcit_lightning.validation import build_strategy
 
 Answers = dict[tuple[int, str, int], str]
+BATCH = DataConfig.eval_batch_size
 LENGTHS = dict(zip(workload.TASKS, (4, 16, 4), strict=True))
 """Tokens of an answer to each task."""
 PARTS = {
@@ -58,7 +60,7 @@ class Sequence:
     def config(self, out: Path, *overrides: str) -> ExperimentConfig:
         """Three tasks, all evaluated after each that is trained."""
         lengths = (
-            "data.eval_batch_size=8",
+            f"data.eval_batch_size={BATCH}",
             *(f"tasks.{task}.max_new_tokens={length}" for task, length in LENGTHS.items()),
         )
         return workload.experiment(
@@ -80,9 +82,15 @@ class Sequence:
         ends = [at for name, at in workload.EVENTS if name == "teardown test"]
         return sum(ends) - sum(begins)
 
-    def one_by_one(self, answers: Answers) -> tuple[float, float]:
-        """Seconds of the same cells one sample at a time, with a model loaded for each; and those of loading."""
-        config = self.config(self.folder / "run")
+    def one_by_one(self, answers: Answers, rows: int, share: int) -> tuple[float, float]:
+        """Seconds of the same cells one sample at a time, with a model loaded for each; and those of loading.
+
+        Args:
+            answers: gets the answers.
+            rows: of each cell, a seeded sample.
+            share: they are one in so many; their seconds count so often.
+        """
+        config = self.config(self.folder / "run", f"data.limit_test={rows}")
         config.data.eval_batch_size = 1
         begin, loading = self.clock(), 0.0
         for row in range(len(config.order)):
@@ -93,10 +101,10 @@ class Sequence:
                 module.eval()
                 loading += self.clock() - since
                 self._cell(config, module, row, task, answers)
-        return self.clock() - begin, loading
+        return loading + share * (self.clock() - begin - loading), loading
 
     def parts(self, size: int) -> dict[str, float]:
-        """Seconds per row of the parts of an evaluation in batches of a size, over the first 8 rows of the long answers' task."""
+        """Seconds per row of the parts of an evaluation in batches of a size, over one batch's rows of the long answers' task."""
         config, task = self.config(self.folder / "run"), max(LENGTHS, key=LENGTHS.__getitem__)
         config.data.eval_batch_size = size
         module = self._load(config)
@@ -106,7 +114,7 @@ class Sequence:
         stream.evaluate_only([task])
         loader = iter(stream.test_dataloader()[0])
         batches = []
-        found = {"batch": self._timed(lambda: batches.extend(next(loader) for _ in range(8 // size)))}
+        found = {"batch": self._timed(lambda: batches.extend(next(loader) for _ in range(BATCH // size)))}
         tower = module.model.get_submodule(module.towers.vision)
         with (
             torch.inference_mode(),
@@ -127,7 +135,7 @@ class Sequence:
             first = self._timed(lambda: generate(1))
             found["decoding"] = (self._timed(lambda: generate(LENGTHS[task])) - first) / (LENGTHS[task] - 1)
             found["prefill"] = first - found["picture"]
-        return {part: seconds / 8 for part, seconds in found.items()}
+        return {part: seconds / BATCH for part, seconds in found.items()}
 
     def _timed(self, run: Callable[[], object]) -> float:
         begin = self.clock()
@@ -167,7 +175,7 @@ def measure(options: argparse.Namespace) -> None:
         loading: list[float] = []
 
         def one_by_one() -> float:
-            seconds, loads = sequence.one_by_one(reference)
+            seconds, loads = sequence.one_by_one(reference, options.rows // options.share, options.share)
             loading.append(loads)
             return seconds
 
@@ -177,13 +185,13 @@ def measure(options: argparse.Namespace) -> None:
             "one by one, reloading": one_by_one,
         }
         samples = in_turn(variants, options.rounds)
-        parts = [(sequence.parts(8), sequence.parts(1)) for _ in range(options.rounds)]
+        parts = [(sequence.parts(BATCH), sequence.parts(1)) for _ in range(options.rounds)]
     cells = len(LENGTHS) * (len(LENGTHS) + 1) // 2
     samples["one by one"] = [
         seconds - loads * (cells - 1) / cells
         for seconds, loads in zip(samples["one by one, reloading"], loading, strict=True)
     ]
-    same = sum(text == reference.get(key) for key, text in sequence.answers.items()) / len(sequence.answers)
+    same = sum(sequence.answers[key] == text for key, text in reference.items()) / len(reference)
     rows = [
         ratio_row(
             "framework",
@@ -221,5 +229,9 @@ def measure(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     arguments = parser(__doc__, rounds=3)
     arguments.add_argument("--layers", type=int, default=30, help="of the decoder; SmolLM2-135M has 30")
-    arguments.add_argument("--rows", type=int, default=32, help="test rows per task")
-    measure(arguments.parse_args())
+    arguments.add_argument("--rows", type=int, default=64, help="test rows per task")
+    arguments.add_argument("--share", type=int, default=4, help="the reference answers one row in so many")
+    given = arguments.parse_args()
+    if given.rows < BATCH or given.rows % given.share:
+        arguments.error(f"--rows must be at least {BATCH}, and a multiple of --share ({given.share})")
+    measure(given)

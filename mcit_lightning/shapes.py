@@ -52,7 +52,9 @@ def check_shape(content: Any, schema: Any, source: str, place: str = "") -> None
 
 def _require(content: Any, kind: type, what: str, source: str, place: str) -> None:
     if not isinstance(content, kind):
-        raise ValueError(f"{source}: {place or 'the file'}: is {reprlib.repr(content)}, must be {what}")
+        named = place == "strategy" and isinstance(content, str) and content.isidentifier()
+        instead = f"; write strategy.name={content[:99]}" if named else ""
+        raise ValueError(f"{source}: {place or 'the file'}: is {reprlib.repr(content)}, must be {what}{instead}")
 
 
 def _join(place: str, key: Any) -> str:

@@ -129,7 +129,11 @@ def _callbacks(config: ExperimentConfig, strategy: ContinualStrategy) -> None:
     names = {base.__name__ for cls in classes for base in cls.__mro__}
     for needed in strategy.required_callbacks():
         if needed not in names:
-            raise ValueError(f"callbacks: strategy {config.strategy['name']!r} needs {{_target_: callbacks.{needed}}}")
+            name = config.strategy["name"]
+            raise ValueError(
+                f"callbacks: strategy {name!r} needs {{_target_: callbacks.{needed}}}; add it to the list. A composition, "
+                "such as EXP=quickstart+branchlora, brings a strategy of this package with its callbacks"
+            )
 
 
 def _tasks(config: ExperimentConfig) -> None:

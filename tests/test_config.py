@@ -54,6 +54,7 @@ def test_order_defaults_to_the_tasks_as_written(tmp_path: Path) -> None:
         ("tasks.colours.metric=exakt_match", ["tasks.colours.metric", "exact_match"]),
         ("order=[colours,shape]", ["order", "'shape'", "'shapes'"]),
         ("order=[colours,colours]", ["order", "twice"]),
+        ("strategy=branchlora", ["strategy:", "mapping", "write strategy.name=branchlora"]),
         ("strategy.name=sequentiel", ["strategy.name", "'sequentiel'", "'sequential'"]),
         ("strategy.rnak=4", ["strategy.rnak", "'rank'"]),
         ("strategy.rank=four", ["strategy", "rank", "four"]),

@@ -359,7 +359,9 @@ def test_the_callback_is_for_this_strategy(steps: Make) -> None:
 def test_a_configuration_without_the_callback_is_refused(
     experiment: Callable[..., ExperimentConfig], tmp_path: Any
 ) -> None:
-    with pytest.raises(ValueError, match=r"strategy 'mrlora' needs {_target_: callbacks\.RouterTuning}"):
+    with pytest.raises(
+        ValueError, match=r"strategy 'mrlora' needs {_target_: callbacks\.RouterTuning}; add.*EXP=quickstart"
+    ):
         experiment(tmp_path, "strategy={name: mrlora}")
 
 

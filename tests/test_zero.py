@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import kill
 import lightning as L
 import pytest
 import torch
-from processes import TESTS, start_ranks, wait_for
+from processes import TESTS, free_port, start, start_ranks, wait_for
 from smoke_runs import small_experiment
 from test_engines import TASKS, TOLERANCE, drop_images, rows, structure, weights, work
 
@@ -137,6 +138,20 @@ def test_a_killed_stage_goes_on_bit_for_bit(runs: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_stage_goes_on_under_ddp(runs: Path) -> None:
     assert_close(runs / "resumed_on_ddp", runs / "ddp")
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_with_the_command_line(smoke_root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    paths = [str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+    for engine in (ZERO2, "ddp"):
+        settings = [f"data.root={smoke_root}", "prepare=null", f"out={tmp_path / engine}", "trainer.accelerator=cpu"]
+        settings += ["trainer.devices=2", f"trainer.strategy={engine}"]
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+        wait_for([start([*launch, "-m", "mcit_lightning", "dmole_smoke", *settings], tmp_path, **variables)], 900)
+    assert structure(tmp_path / ZERO2) == structure(tmp_path / "ddp")
+    assert_close(tmp_path / ZERO2, tmp_path / "ddp")
 
 
 def assert_close(found: Path, expected: Path, tolerance: float = TOLERANCE) -> None:
