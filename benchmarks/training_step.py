@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import workload
+from lightning.fabric.utilities import move_data_to_device
 from ratios import HAS_PEFT, in_turn, parser, prepare, ratio_row, report
 from torch import nn
 
@@ -34,7 +35,7 @@ RANK = 16
 class BareLoop:
     """Model, loader and optimizer of a training loop without any framework."""
 
-    def __init__(self, config: ExperimentConfig, *, all_logits: bool) -> None:
+    def __init__(self, config: ExperimentConfig, *, all_logits: bool, rank: int = RANK, device: str = "cpu") -> None:
         precision = resolve_precision(config.trainer)
         backbone = load_backbone(config.backbone, precision=precision)
         self.model, self.all_logits, self.config = backbone.model, all_logits, config
@@ -44,20 +45,26 @@ class BareLoop:
         if HAS_PEFT:
             from peft import LoraConfig, get_peft_model
 
-            get_peft_model(self.model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=paths))
+            get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=paths))
         else:
             for path in paths:
-                backbone.towers.attach(path, scale=2.0).add_branch("lora", RANK, seed=0, path=path)
-        self.model.train()
+                backbone.towers.attach(path, scale=2.0).add_branch("lora", rank, seed=0, path=path)
+        self.model.to(device).train()
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def block(self, clock: Callable[[], float], steps: int) -> float:
         """Seconds per step, of the steps after the first."""
+        workload.CLOCK[0] = clock
+        span = self.span(steps)
+        return span.seconds / span.steps
+
+    def span(self, steps: int) -> workload.Span:
+        """Train so many steps; the span is that of those after the first."""
         optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        begin = 0.0
+        begin, tokens, answers = 0.0, 0, 0
         for number, batch in enumerate(self._batches(steps)):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.context):
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.context):
                 loss = self._loss(batch)
             loss.backward()
             nn.utils.clip_grad_norm_(self.trained, 1.0)
@@ -65,8 +72,10 @@ class BareLoop:
             optimizer.zero_grad()
             schedule.step()
             if number == 0:
-                begin = clock()
-        return (clock() - begin) / (steps - 1)
+                begin = workload.started()
+            else:
+                tokens, answers = tokens + batch["num_tokens"], answers + batch["targets"].numel()
+        return workload.finished(begin, steps - 1, tokens, answers, sum(value.numel() for value in self.trained))
 
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
         if not self.all_logits:
@@ -77,7 +86,7 @@ class BareLoop:
 
     def _batches(self, steps: int) -> Iterator[dict[str, Any]]:
         for _, batch in zip(range(steps), self.stream.train_dataloader(), strict=False):
-            yield batch
+            yield move_data_to_device(batch, self.model.device)
 
 
 def framework_block(folder: Path, clock: Callable[[], float], steps: int) -> float:

@@ -1,7 +1,8 @@
-"""The random model and tasks that the end-to-end benchmarks run on, and a callback that notes when things happen.
+"""The random model and tasks that the end-to-end benchmarks run on, and callbacks that note when things happen.
 
-The model has the quickstart's shapes (a ViT-S tower over 36 patches, SmolLM2-135M's decoder) with fewer layers and random
-weights, so nothing needs to be downloaded and nothing that it answers means anything. Costs do not depend on the weights.
+The model has the quickstart's shapes (a ViT-S tower over 36 patches, SmolLM2-135M's decoder) with fewer layers, or those of
+LLaVA-1.5-7B, and random weights, so nothing needs to be downloaded and nothing that it answers means anything. Costs do not
+depend on the weights.
 """
 
 import contextlib
@@ -10,13 +11,20 @@ import json
 import random
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from PIL import Image
-from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+)
 
 from mcit_lightning import smoke
 from mcit_lightning.config import ExperimentConfig
@@ -26,43 +34,87 @@ from mcit_lightning.quickstart.layout import Sample, Task, write_tasks
 from mcit_lightning.runner import run
 
 TASKS = tuple(smoke.QUESTIONS)
-PIXELS, PATCH, VOCABULARY = 84, 14, 49_160
+PATCH = 14
 EVENTS: list[tuple[str, float]] = []
 """What `Clock` has noted: name and `time.perf_counter()`."""
 
 
-def build(folder: Path, *, layers: int, train: int = 96, test: int = 32) -> Path:
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a model: what its configurations of tower and decoder are made of, and the side of its pictures."""
+
+    vision: dict[str, Any]
+    text: dict[str, Any]
+    pixels: int
+
+    def with_layers(self, vision: int, text: int) -> "Shapes":
+        """The same with other numbers of layers."""
+        return replace(
+            self, vision={**self.vision, "num_hidden_layers": vision}, text={**self.text, "num_hidden_layers": text}
+        )
+
+
+QUICKSTART = Shapes(
+    {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6},
+    {
+        "vocab_size": 49_160,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    pixels=84,
+)
+LLAVA7B = Shapes(
+    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    {
+        "vocab_size": 32_064,
+        "hidden_size": 4096,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "tie_word_embeddings": False,
+    },
+    pixels=336,
+)
+
+
+def build(
+    folder: Path,
+    *,
+    layers: int | None = None,
+    train: int = 96,
+    test: int = 32,
+    shapes: Shapes = QUICKSTART,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Path:
     """Write model and tasks below a folder; returns it.
 
     Args:
-        layers: of the decoder; SmolLM2-135M has 30.
+        layers: of the decoder, in place of what the shapes say.
         train: training rows per task.
         test: test rows per task.
+        shapes: of the model.
+        dtype: of the weights.
+        device: where they are drawn.
     """
-    write_tasks(folder, (_task(name, train, test) for name in TASKS))
+    if layers is not None:
+        shapes = shapes.with_layers(shapes.vision["num_hidden_layers"], layers)
+    write_tasks(folder, (_task(name, train, test, shapes.pixels) for name in TASKS))
     with tempfile.TemporaryDirectory() as tiny:
         smoke.prepare(Path(tiny))
         processor = AutoProcessor.from_pretrained(Path(tiny) / "model")
-    processor.image_processor.size = {"shortest_edge": PIXELS}
-    processor.image_processor.crop_size = {"height": PIXELS, "width": PIXELS}
+    processor.image_processor.size = {"shortest_edge": shapes.pixels}
+    processor.image_processor.crop_size = {"height": shapes.pixels, "width": shapes.pixels}
     processor.patch_size = PATCH
     tokenizer = processor.tokenizer
-    vision = CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        image_size=PIXELS,
-        patch_size=PATCH,
-    )
+    vision = CLIPVisionConfig(**shapes.vision, image_size=shapes.pixels, patch_size=PATCH)
     text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
+        **shapes.text,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -71,10 +123,11 @@ def build(folder: Path, *, layers: int, train: int = 96, test: int = 32) -> Path
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=True,
+        tie_word_embeddings=shapes.text["tie_word_embeddings"],
     )
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder / "model")
@@ -82,14 +135,14 @@ def build(folder: Path, *, layers: int, train: int = 96, test: int = 32) -> Path
     return folder
 
 
-def _task(name: str, train: int, test: int) -> Task:
+def _task(name: str, train: int, test: int, pixels: int) -> Task:
     generator = random.Random(name)
     labels = ("one", "two", "three", "red", "green", "a yellow circle")
 
     def draw(count: int) -> list[Sample]:
         samples = []
         for number in range(count):
-            picture = Image.frombytes("RGB", (PIXELS, PIXELS), generator.randbytes(3 * PIXELS * PIXELS))
+            picture = Image.frombytes("RGB", (pixels, pixels), generator.randbytes(3 * pixels * pixels))
             question = f"{smoke.QUESTIONS[name]} {'Look again. ' * generator.randrange(4)}Number {number}."
             samples.append(Sample(picture, question, generator.choice(labels)))
         return samples
@@ -171,3 +224,60 @@ class Clock(L.Callback):
 
 CLOCK = [time.perf_counter]
 """The clock in use; CPU time on a busy machine."""
+
+
+@dataclass
+class Span:
+    """An epoch of training, from the end of its first batch to the end of its last."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    """Without padding."""
+    answers: int
+    """Tokens that the loss counts."""
+    trained: int
+    """Parameters."""
+    peak: int | None
+    """Bytes of the GPU's memory at the highest."""
+
+
+SPANS: list[Span] = []
+"""What `Epochs` has noted."""
+
+
+class Epochs(L.Callback):
+    """Notes each epoch in `SPANS`. The device is waited for at both ends of an epoch and never between."""
+
+    def __init__(self) -> None:
+        self.begin, self.tokens, self.answers = 0.0, 0, 0
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """A micro-batch is done."""
+        if batch_idx == 0:
+            self.begin, self.tokens, self.answers = started(), 0, 0
+            return
+        self.tokens += batch["num_tokens"]
+        self.answers += batch["targets"].numel()
+        if trainer.is_last_batch:
+            trained = sum(value.numel() for value in pl_module.parameters() if value.requires_grad)
+            SPANS.append(finished(self.begin, batch_idx, self.tokens, self.answers, trained))
+
+
+def started() -> float:
+    """Now, when the device has done what it was given; its peak of memory starts anew."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    return CLOCK[0]()
+
+
+def finished(begin: float, steps: int, tokens: int, answers: int, trained: int) -> Span:
+    """The span since then."""
+    peak = None
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    return Span(steps, CLOCK[0]() - begin, tokens, answers, trained, peak)

@@ -70,3 +70,36 @@ def test_the_shipped_page_has_the_markers(bench: ModuleType) -> None:
     text = bench.PAGE.read_text()
     assert text.count(bench.BEGIN) == text.count(bench.END) == 1
     assert all((ROOT / "benchmarks" / f"{name}.py").is_file() for name in bench.BENCHMARKS)
+
+
+def test_the_operations_of_a_step_are_those_that_are_computed(bench: ModuleType) -> None:
+    """Within what the attention of so short rows, norms and the loss make of it."""
+    import torch
+    from llava7b import operations
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=3, vision_feature_layer=-1)
+    model = LlavaForConditionalGeneration(config).requires_grad_(False)
+    ids = torch.randint(4, 64, (2, 24))
+    ids[:, :4] = 3
+    pixels = torch.randn(2, 3, 28, 28)
+    span = {"tokens": ids.numel(), "answers": ids.numel(), "steps": 1, "trained": 0}
+    for tower in (False, True):
+        first = model.model.vision_tower.embeddings if tower else model.model.language_model.embed_tokens
+        first.register_forward_hook(lambda module, inputs, output: output.requires_grad_())  # as an adapter there would
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids, pixel_values=pixels).logits.sum().backward()
+        counted = counter.get_total_flops()
+        assert operations(config, span, 2, tower=tower) == pytest.approx(counted, rel=0.1)
