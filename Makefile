@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXP ?= quickstart
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -17,6 +18,7 @@ help:  ## Show this list
 	@echo "  EXP=name   experiments/name.yaml: $(sort $(basename $(notdir $(wildcard experiments/*.yaml))))"
 	@echo "             or a backbone, a benchmark and a strategy: EXP=llava7b+ucit+dmole (docs/benchmarks.md)"
 	@echo "  ARGS=...   overrides, for example  make exp EXP=quickstart ARGS=\"optim.lr=2.0e-4 data.limit_train=64\""
+	@echo "  JOBS=2         processes that share the fast tests"
 	@echo "  PYTHON, VENV   interpreter to use (python3) and environment to make (.venv)"
 
 install: $(STAMP)  ## Make .venv with everything that the experiments and the tests need
@@ -41,7 +43,7 @@ verify: $(STAMP)  ## Check every row and picture of the experiment EXP, without 
 	$(BIN)/python -m mcit_lightning data verify $(EXP) $(ARGS)
 
 test: $(STAMP)  ## Fast tests
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 test-all: $(STAMP)  ## All tests: several processes, building a wheel, GPU where there is one
 	$(BIN)/python -m pytest

@@ -27,9 +27,9 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 BENCHMARKS: dict[str, list[str]] = {
-    "training_step": ["--rounds", "3", "--layers", "4", "--steps", "6"],
+    "training_step": ["--rounds", "5", "--layers", "4", "--steps", "6"],
     "evaluation": ["--rounds", "2", "--layers", "15", "--rows", "32"],
-    "growth": ["--rounds", "2", "--layers", "4", "--repeats", "1", "--memory-rounds", "1"],
+    "growth": ["--rounds", "5", "--layers", "4", "--repeats", "1", "--memory-rounds", "1"],
     "boundaries": ["--rounds", "2"],
     "adapters": ["--rounds", "7", "--shapes", "smollm2"],
     "dmole": ["--rounds", "3", "--divide", "2"],

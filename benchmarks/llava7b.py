@@ -21,11 +21,13 @@ variant that fails, for want of memory for example, is left out of the table and
 """
 
 import argparse
+import gc
 import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -118,6 +120,7 @@ def framework(options: argparse.Namespace, folder: Path, strategy: str) -> dict[
 def answer(options: argparse.Namespace, config: ExperimentConfig, size: int, found: dict[int, list[str]]) -> float:
     """Seconds per row of the last task's test rows in batches of a size; `found` gets the answers in the rows' order."""
     config.data.eval_batch_size = size
+    gc.collect()  # the model of the training, or of the other size
     backbone = load_backbone(config.backbone, precision=resolve_precision(config.trainer))
     module = MCITModule(backbone, build_strategy(config.strategy), config)
     module.load_weights(read_checkpoint(Path(config.out) / f"stage_{len(ORDER):02d}" / "final.ckpt"))
@@ -188,9 +191,9 @@ def child(options: argparse.Namespace, folder: Path, variant: str) -> dict[str, 
 
 
 def in_child(options: argparse.Namespace, folder: Path, variant: str) -> dict[str, Any]:
-    """`child` in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(child, (options, folder, variant))
+    """`child` in a new process, which may start loader workers."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(child, options, folder, variant).result()
 
 
 def rows_of(
