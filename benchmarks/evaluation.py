@@ -12,7 +12,7 @@ batch makes faster.
 
 Prompts are a picture of 36 tokens and a question of some 20 to 30. The answers of two tasks have 4 tokens, as class names and
 short answers to questions do; those of the second, which fills two of the six cells, have 16, as captions do (in UCIT two of six
-tasks are captions). Every row has a picture of its own, and no answer ends early. Batches have the 16 rows that are the default
+tasks are captions): no end is taken before. Every row has a picture of its own. Batches have the 16 rows that are the default
 (`data.eval_batch_size`). The reference answers a seeded sample of each cell, every fourth row; its time without loading counts
 four times.
 
@@ -60,8 +60,13 @@ class Sequence:
     def config(self, out: Path, *overrides: str) -> ExperimentConfig:
         """Three tasks, all evaluated after each that is trained."""
         lengths = (
+            "optim.lr=1e-6",  # what is learnt in a step would make all answers the same
             f"data.eval_batch_size={BATCH}",
-            *(f"tasks.{task}.max_new_tokens={length}" for task, length in LENGTHS.items()),
+            *(
+                f"tasks.{task}.{bound}_new_tokens={length}"
+                for task, length in LENGTHS.items()
+                for bound in ("min", "max")
+            ),
         )
         return workload.experiment(
             self.folder, out, f"strategy={self.strategy}", "data.limit_train=8", *lengths, *overrides
@@ -158,7 +163,11 @@ class Sequence:
                 module.strategy.routing(module.towers, batch, None),
             ):
                 tokens = module.model.generate(  # type: ignore[operator]
-                    **batch["inputs"], do_sample=False, max_new_tokens=LENGTHS[task], eos_token_id=end
+                    **batch["inputs"],
+                    do_sample=False,
+                    min_new_tokens=LENGTHS[task],
+                    max_new_tokens=LENGTHS[task],
+                    eos_token_id=end,
                 )[:, batch["inputs"]["input_ids"].shape[1] :]
             (text,) = module.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
             answers[row, task, batch["index"][0]] = text.strip()
@@ -191,6 +200,7 @@ def measure(options: argparse.Namespace) -> None:
         seconds - loads * (cells - 1) / cells
         for seconds, loads in zip(samples["one by one, reloading"], loading, strict=True)
     ]
+    assert all(sequence.answers.values()), "an answer is empty: it has ended early, or its tokens have no text"
     same = sum(sequence.answers[key] == text for key, text in reference.items()) / len(reference)
     rows = [
         ratio_row(

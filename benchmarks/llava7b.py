@@ -85,6 +85,8 @@ def config_of(options: argparse.Namespace, folder: Path, strategy: str, *overrid
             "data.max_length=1024",
             f"data.num_workers={options.workers}",
             f"data.max_new_tokens={ANSWER}",
+            "optim.lr=1e-6",  # what is learnt in some steps would make all answers the same
+            *(f"tasks.{task}.min_new_tokens={ANSWER}" for task in ORDER),
             f"trainer.accelerator={'gpu' if options.device == 'cuda' else 'cpu'}",
             "trainer.devices=1",
             "trainer.precision=bf16-mixed",
@@ -113,6 +115,7 @@ def framework(options: argparse.Namespace, folder: Path, strategy: str) -> dict[
     found: dict[int, list[str]] = {}
     seconds = {size: answer(options, config, size, found) for size in (1, options.eval_batch)}
     one, many = found.values()
+    assert all(one), "an answer is empty: its tokens have no text"
     same = sum(left == right for left, right in zip(one, many, strict=True)) / len(one)
     return {**asdict(workload.SPANS[-1]), "seconds_per_row": seconds, "same": same}
 
@@ -139,7 +142,7 @@ def answer(options: argparse.Namespace, config: ExperimentConfig, size: int, fou
             module.towers.generating(),
         ):
             inputs = module.strategy.inputs(unseen)
-            return generate_answers(module.model, module.processor, inputs, tokens, end)
+            return generate_answers(module.model, module.processor, inputs, tokens, end, tokens)
 
     generate(batches[0], 2)  # warm up
     begin = workload.started()

@@ -103,3 +103,23 @@ def test_the_operations_of_a_step_are_those_that_are_computed(bench: ModuleType)
             model(input_ids=ids, pixel_values=pixels).logits.sum().backward()
         counted = counter.get_total_flops()
         assert operations(config, span, 2, tower=tower) == pytest.approx(counted, rel=0.1)
+
+
+def test_answers_of_the_random_model_are_as_long_as_asked_for_and_have_a_text(
+    bench: ModuleType, tmp_path: Path
+) -> None:
+    import evaluation
+    import workload
+    from transformers import AutoTokenizer
+
+    workload.build(tmp_path, layers=4, train=8, test=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert len(tokenizer) == workload.QUICKSTART.text["vocab_size"]
+    sentence = "Answer the question using a single word or phrase."
+    assert tokenizer.decode(tokenizer(sentence).input_ids) == sentence
+    assert len({tokenizer.decode([number]) for number in range(1000, 2000)}) == 1000
+    sequence = evaluation.Sequence(tmp_path, "{name: sequential, rank: 4, alpha: 8}", lambda: 0.0)
+    sequence.framework()
+    assert sequence.answers
+    for (_, task, _), text in sequence.answers.items():
+        assert len(text.split()) == evaluation.LENGTHS[task]
