@@ -18,7 +18,9 @@ again does not count, and neither does padding.
 
 Evaluation answers the same rows at batch size 1 and batched, each with its own route, from the checkpoint of the run. In
 bfloat16 the best two tokens of a random model are often equal to the last bit, so not all answers need be the same; the
-tests compare tokens in float32. A variant that fails, for want of memory for example, is left out of the table and named at the end.
+tests compare tokens in float32.
+
+A variant that fails, for want of memory for example, is left out of the table and named at the end.
 """
 
 import argparse
