@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from sizes import LLAVA7B, QUICKSTART
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaModel
@@ -39,10 +40,7 @@ from mcit_lightning.gates import GateState, RouterGate
 EXPERTS, TOP_K = 8, 2
 HAS_PEFT = importlib.util.find_spec("peft") is not None
 KINDS = ["lora", *(["peft"] if HAS_PEFT else []), "moelora", "branchlora", "loop"]
-SHAPES = {
-    "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "llava7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
-}
+SHAPES = {"smollm2": QUICKSTART.text, "llava7b": LLAVA7B.text}
 
 
 class ExpertLoop(nn.Module):
@@ -214,7 +212,8 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict[str, object]]:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     layers = options.layers or (4 if shape == "smollm2" else 1)
     rank = options.rank or (32 if shape == "smollm2" else 128)
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=8, attn_implementation="sdpa", **SHAPES[shape])
+    sizes = {**SHAPES[shape], "num_hidden_layers": layers, "vocab_size": 8}
+    config = LlamaConfig(**sizes, attn_implementation="sdpa")
     torch.manual_seed(0)
     x = torch.randn(options.batch_size, options.length, config.hidden_size, device=device, dtype=dtype)
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from sizes import LLAVA7B, QUICKSTART
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -36,42 +37,23 @@ from mcit_lightning.towers import Towers
 
 TASKS = ["first", "second", "third"]
 IMAGE = 3
+SIZES = {"quickstart": QUICKSTART, "llava7b": LLAVA7B}
 CLIP_NAMES = ["q_proj", "k_proj", "v_proj", "out_proj"]
 DINO_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def build(shape: str, divide: int) -> tuple[LlavaForConditionalGeneration, list[str]]:
     """A random model of a shape with a fraction of its layers, and the names of its tower's attention linears."""
+    sizes = SIZES[shape].divided(divide)
+    seen = {**sizes.vision, "image_size": sizes.pixels, "patch_size": 14}
     if shape == "quickstart":
-        vision: Any = Dinov2Config(
-            hidden_size=384, num_hidden_layers=8 // divide, num_attention_heads=6, image_size=84, patch_size=14
-        )
-        text = LlamaConfig(
-            vocab_size=49160,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30 // divide,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-        )
+        seen.pop("intermediate_size")  # DINOv2 has a ratio in its place, whose default says the same
+        vision: Any = Dinov2Config(**seen)
         layer, names = -1, DINO_NAMES
     else:
-        vision = CLIPVisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24 // divide,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-        )
-        text = LlamaConfig(
-            vocab_size=32064,
-            hidden_size=4096,
-            intermediate_size=11008,
-            num_hidden_layers=32 // divide,
-            num_attention_heads=32,
-        )
+        vision = CLIPVisionConfig(**seen)
         layer, names = -2, CLIP_NAMES
+    text = LlamaConfig(**sizes.text)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=layer)
     return LlavaForConditionalGeneration(config), names
 
@@ -264,7 +246,7 @@ def routing_share(median: dict[str, float], first: str, times: float) -> float:
 def main() -> None:
     """Command line of the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["quickstart"], choices=["quickstart", "llava7b"])
+    parser.add_argument("--shapes", nargs="+", default=["quickstart"], choices=list(SIZES))
     parser.add_argument("--divide", type=int, default=1, help="take only this fraction of the layers of both towers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

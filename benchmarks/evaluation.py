@@ -29,15 +29,11 @@ import torch
 import workload
 from ratios import in_turn, parser, prepare, ratio_row, report
 
-from mcit_lightning.backbone import load_backbone
-from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import DataConfig, ExperimentConfig
-from mcit_lightning.data.datamodule import ContinualDataModule
 from mcit_lightning.engine import resolve_precision
 from mcit_lightning.evaluation.predictions import read_predictions
 from mcit_lightning.generation import generate_tokens
 from mcit_lightning.module import MCITModule
-from mcit_lightning.validation import build_strategy
 
 Answers = dict[tuple[int, str, int], str]
 BATCH = DataConfig.eval_batch_size
@@ -59,7 +55,7 @@ class Sequence:
 
     def config(self, out: Path, *overrides: str) -> ExperimentConfig:
         """Three tasks, all evaluated after each that is trained."""
-        lengths = (
+        settings = (
             "optim.lr=1e-6",  # what is learnt in a step would make all answers the same
             f"data.eval_batch_size={BATCH}",
             *(
@@ -69,7 +65,7 @@ class Sequence:
             ),
         )
         return workload.experiment(
-            self.folder, out, f"strategy={self.strategy}", "data.limit_train=8", *lengths, *overrides
+            self.folder, out, f"strategy={self.strategy}", "data.limit_train=8", *settings, *overrides
         )
 
     def framework(self, *overrides: str) -> float:
@@ -101,9 +97,7 @@ class Sequence:
         for row in range(len(config.order)):
             for task in config.order[: row + 1]:
                 since = self.clock()
-                module = self._load(config)
-                module.load_weights(read_checkpoint(self.folder / "run" / f"stage_{row + 1:02d}" / "final.ckpt"))
-                module.eval()
+                module = workload.trained_module(config, row + 1)
                 loading += self.clock() - since
                 self._cell(config, module, row, task, answers)
         return loading + share * (self.clock() - begin - loading), loading
@@ -112,12 +106,8 @@ class Sequence:
         """Seconds per row of the parts of an evaluation in batches of a size, over one batch's rows of the long answers' task."""
         config, task = self.config(self.folder / "run"), max(LENGTHS, key=LENGTHS.__getitem__)
         config.data.eval_batch_size = size
-        module = self._load(config)
-        module.load_weights(read_checkpoint(self.folder / "run" / f"stage_{len(LENGTHS):02d}" / "final.ckpt"))
-        module.eval()
-        stream = ContinualDataModule(config, module.processor, module.strategy.stages(config.order))
-        stream.evaluate_only([task])
-        loader = iter(stream.test_dataloader()[0])
+        module = workload.trained_module(config, len(LENGTHS))
+        loader = iter(workload.evaluation_stream(config, module, task).test_dataloader()[0])
         batches = []
         found = {"batch": self._timed(lambda: batches.extend(next(loader) for _ in range(BATCH // size)))}
         tower = module.model.get_submodule(module.towers.vision)
@@ -147,13 +137,8 @@ class Sequence:
         run()
         return self.clock() - begin
 
-    def _load(self, config: ExperimentConfig) -> MCITModule:
-        backbone = load_backbone(config.backbone, precision=resolve_precision(config.trainer))
-        return MCITModule(backbone, build_strategy(config.strategy), config)
-
     def _cell(self, config: ExperimentConfig, module: MCITModule, row: int, task: str, answers: Answers) -> None:
-        stream = ContinualDataModule(config, module.processor, module.strategy.stages(config.order))
-        stream.evaluate_only([task])
+        stream = workload.evaluation_stream(config, module, task)
         end = stream.train_collator.encoder.end_id
         enabled = resolve_precision(config.trainer) == "bf16-mixed"
         for batch in stream.test_dataloader()[0]:

@@ -41,18 +41,14 @@ import workload
 import yaml
 from lightning.fabric.utilities import move_data_to_device
 from ratios import Row, in_turn, parser, prepare, ratio_row, report
+from sizes import LLAVA7B
 from training_step import BareLoop
 from transformers import AutoConfig
 
-from mcit_lightning.backbone import load_backbone
-from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
-from mcit_lightning.data.datamodule import ContinualDataModule
-from mcit_lightning.engine import resolve_precision
 from mcit_lightning.generation import generate_answers
 from mcit_lightning.loading import load_config
 from mcit_lightning.module import MCITModule
-from mcit_lightning.validation import build_strategy
 
 BARE = "bare loop with PEFT LoRA"
 STRATEGIES = ("sequential", "moelora", "branchlora", "dmole")
@@ -63,7 +59,7 @@ PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165
 """TFLOP/s of dense bfloat16 products, by a part of the device's name (of the SXM form where there are several)."""
 
 
-def config_of(options: argparse.Namespace, folder: Path, strategy: str, *overrides: str) -> ExperimentConfig:
+def config_of(options: argparse.Namespace, folder: Path, strategy: str) -> ExperimentConfig:
     """LLaVA-1.5-7B's preset, the benchmark's tasks, and a strategy with its paper's settings."""
     tasks = folder / "tasks.yaml"
     splits = ("train", "val", "test")
@@ -95,7 +91,6 @@ def config_of(options: argparse.Namespace, folder: Path, strategy: str, *overrid
             "trainer.precision=bf16-mixed",
             "trainer.enable_progress_bar=false",
             *rank,
-            *overrides,
         ],
     )
     config.callbacks.insert(0, {"_target_": "workload.Epochs"})
@@ -115,24 +110,22 @@ def framework(options: argparse.Namespace, folder: Path, strategy: str) -> dict[
     """Run a strategy; the span of its last epoch, its evaluation's seconds per row by batch size, the share of equal answers."""
     config = config_of(options, folder, strategy)
     workload.quiet_run(config)
-    found: dict[int, list[str]] = {}
-    seconds = {size: answer(options, config, size, found) for size in (1, options.eval_batch)}
-    one, many = found.values()
+    gc.collect()  # the model of the training
+    module = workload.trained_module(config, len(ORDER)).to(options.device)
+    found = {size: answer(options, config, module, size) for size in (1, options.eval_batch)}
+    seconds = {size: took for size, (took, _) in found.items()}
+    one, many = (answers for _, answers in found.values())
     assert all(one), "an answer is empty: its tokens have no text"
     same = sum(left == right for left, right in zip(one, many, strict=True)) / len(one)
     return {**asdict(workload.SPANS[-1]), "seconds_per_row": seconds, "same": same}
 
 
-def answer(options: argparse.Namespace, config: ExperimentConfig, size: int, found: dict[int, list[str]]) -> float:
-    """Seconds per row of the last task's test rows in batches of a size; `found` gets the answers in the rows' order."""
+def answer(
+    options: argparse.Namespace, config: ExperimentConfig, module: MCITModule, size: int
+) -> tuple[float, list[str]]:
+    """Seconds per row of the last task's test rows in batches of a size, and the answers in the rows' order."""
     config.data.eval_batch_size = size
-    gc.collect()  # the model of the training, or of the other size
-    backbone = load_backbone(config.backbone, precision=resolve_precision(config.trainer))
-    module = MCITModule(backbone, build_strategy(config.strategy), config)
-    module.load_weights(read_checkpoint(Path(config.out) / f"stage_{len(ORDER):02d}" / "final.ckpt"))
-    module.to(options.device).eval()
-    stream = ContinualDataModule(config, module.processor, module.strategy.stages(config.order))
-    stream.evaluate_only([ORDER[-1]])
+    stream = workload.evaluation_stream(config, module, ORDER[-1])
     end, answers = stream.train_collator.encoder.end_id, dict[Any, str]()
     batches = [move_data_to_device(batch, options.device) for batch in stream.test_dataloader()[0]]
 
@@ -148,12 +141,11 @@ def answer(options: argparse.Namespace, config: ExperimentConfig, size: int, fou
             return generate_answers(module.model, module.processor, inputs, tokens, end, tokens)
 
     generate(batches[0], 2)  # warm up
-    begin = workload.started()
+    begin = workload.now()
     for batch in batches:
         answers.update(zip(batch["index"], generate(batch, ANSWER), strict=True))
-    took = workload.finished(begin, 0, 0, 0, 0).seconds
-    found[size] = [answers[index] for index in sorted(answers)]
-    return took / len(answers)
+    took = workload.now() - begin
+    return took / len(answers), [answers[index] for index in sorted(answers)]
 
 
 def operations(config: Any, span: dict[str, Any], rows: int, *, tower: bool) -> float:
@@ -182,13 +174,11 @@ def child(options: argparse.Namespace, folder: Path, variant: str) -> dict[str, 
     """One variant; runs in a process of its own."""
     workload.CLOCK[0] = prepare(options)
     if variant == "build":
-        shapes = workload.LLAVA7B
-        text, vision = (part["num_hidden_layers"] // options.divide for part in (shapes.text, shapes.vision))
         workload.build(
             folder,
             train=options.batch * options.steps,
             test=options.rows,
-            shapes=shapes.with_layers(vision, text),
+            sizes=LLAVA7B.divided(options.divide),
             dtype=torch.bfloat16,
             device=options.device,
         )
@@ -202,21 +192,18 @@ def in_child(options: argparse.Namespace, folder: Path, variant: str) -> dict[st
         return pool.submit(child, options, folder, variant).result()
 
 
-def rows_of(
+def training_rows(
     options: argparse.Namespace, config: Any, found: dict[str, list[dict[str, Any]]], peak: float | None
 ) -> list[Row]:
-    """The table: speed and memory against the bare loop, utilisation, and evaluation."""
+    """The table's part on training: speed and memory against the bare loop, and utilisation."""
     rows = []
     per_token = {name: [span["seconds"] / span["tokens"] for span in spans] for name, spans in found.items()}
     for name, spans in found.items():
         speed = 1 / statistics.median(per_token[name])
         if name != BARE:
             target = ">= 0.95" if name == "sequential" else ""
-            row = ratio_row(
-                name, BARE, per_token, invert=True, name=f"{name}: tokens per second", value=speed, target=target
-            )
-            row.unit = "tokens/s"
-            rows.append(row)
+            fields = {"name": f"{name}: tokens per second", "value": speed, "unit": "tokens/s", "target": target}
+            rows.append(ratio_row(name, BARE, per_token, invert=True, **fields))
         if peak:
             used = sorted(
                 operations(config, span, options.batch, tower=name == "dmole") * span["steps"] / span["seconds"] / 1e12
@@ -241,9 +228,15 @@ def rows_of(
             memory = {key: [span["peak"] / 2**30 for span in found[key]] for key in (name, BARE)}
             note = f"{spans[0]['trained']:,} for {found[BARE][0]['trained']:,} trained parameters"
             rows.append(ratio_row(name, BARE, memory, name=f"{name}: peak memory", unit="GiB", note=note))
+    return rows
+
+
+def evaluation_rows(options: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
+    """The table's part on evaluation, batched against batch size 1."""
+    rows = []
     for name in (name for name in found if name != BARE):
-        seconds = {size: [span["seconds_per_row"][size] for span in found[name]] for size in (1, options.eval_batch)}
-        samples = {"batched": seconds[options.eval_batch], "one": seconds[1]}
+        sizes = {"batched": options.eval_batch, "one": 1}
+        samples = {key: [span["seconds_per_row"][size] for span in found[name]] for key, size in sizes.items()}
         rows.append(
             ratio_row(
                 "batched",
@@ -293,7 +286,7 @@ def measure(options: argparse.Namespace) -> None:
         found, failed = spans_of(options, folder)
         config = AutoConfig.from_pretrained(folder / "model")
     title = f"LLaVA-1.5-7B's shapes, {config.text_config.num_hidden_layers} layers, batch {options.batch}"
-    report(title, rows_of(options, config, found, peak), options)
+    report(title, training_rows(options, config, found, peak) + evaluation_rows(options, found), options)
     if failed:
         raise SystemExit("\n".join(f"left out: {variant} failed: {reason}" for variant, reason in failed.items()))
 

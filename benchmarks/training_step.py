@@ -62,8 +62,8 @@ class BareLoop:
         """Train so many steps; the span is that of those after the first."""
         optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-        begin, tokens, answers = 0.0, 0, 0
-        for number, batch in enumerate(self._batches(steps)):
+        meter: workload.Meter | None = None
+        for batch in self._batches(steps):
             with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.context):
                 loss = self._loss(batch)
             loss.backward()
@@ -71,11 +71,12 @@ class BareLoop:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if number == 0:
-                begin = workload.started()
+            if meter is None:
+                meter = workload.Meter()
             else:
-                tokens, answers = tokens + batch["num_tokens"], answers + batch["targets"].numel()
-        return workload.finished(begin, steps - 1, tokens, answers, sum(value.numel() for value in self.trained))
+                meter.count(batch)
+        assert meter is not None
+        return meter.span(self.trained)
 
     def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
         if not self.all_logits:

@@ -11,6 +11,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import lightning as L
 import torch
 from PIL import Image
+from sizes import QUICKSTART, Sizes
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -27,59 +29,22 @@ from transformers import (
 )
 
 from mcit_lightning import smoke
+from mcit_lightning.backbone import load_backbone
+from mcit_lightning.checkpoints import read_checkpoint
 from mcit_lightning.config import ExperimentConfig
+from mcit_lightning.data.datamodule import ContinualDataModule
+from mcit_lightning.engine import resolve_precision
 from mcit_lightning.evaluation.results import Results
 from mcit_lightning.loading import experiments_dir, load_config
+from mcit_lightning.module import MCITModule
 from mcit_lightning.quickstart.layout import Sample, Task, write_tasks
 from mcit_lightning.runner import run
+from mcit_lightning.validation import build_strategy
 
 TASKS = tuple(smoke.QUESTIONS)
 PATCH = 14
 EVENTS: list[tuple[str, float]] = []
 """What `Clock` has noted: name and `time.perf_counter()`."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a model: what its configurations of tower and decoder are made of, and the side of its pictures."""
-
-    vision: dict[str, Any]
-    text: dict[str, Any]
-    pixels: int
-
-    def with_layers(self, vision: int, text: int) -> "Shapes":
-        """The same with other numbers of layers."""
-        return replace(
-            self, vision={**self.vision, "num_hidden_layers": vision}, text={**self.text, "num_hidden_layers": text}
-        )
-
-
-QUICKSTART = Shapes(
-    {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 6},
-    {
-        "vocab_size": 49_160,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
-    pixels=84,
-)
-LLAVA7B = Shapes(
-    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
-    {
-        "vocab_size": 32_064,
-        "hidden_size": 4096,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    pixels=336,
-)
 
 
 def build(
@@ -88,33 +53,34 @@ def build(
     layers: int | None = None,
     train: int = 96,
     test: int = 32,
-    shapes: Shapes = QUICKSTART,
+    sizes: Sizes = QUICKSTART,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Path:
     """Write model and tasks below a folder; returns it.
 
     Args:
-        layers: of the decoder, in place of what the shapes say.
+        layers: of the decoder, in place of what the sizes say.
         train: training rows per task.
         test: test rows per task.
-        shapes: of the model.
+        sizes: of the model.
         dtype: of the weights.
         device: where they are drawn.
     """
     if layers is not None:
-        shapes = shapes.with_layers(shapes.vision["num_hidden_layers"], layers)
-    write_tasks(folder, (_task(name, train, test, shapes.pixels) for name in TASKS))
+        sizes = replace(sizes, text={**sizes.text, "num_hidden_layers": layers})
+    write_tasks(folder, (_task(name, train, test, sizes.pixels) for name in TASKS))
     with tempfile.TemporaryDirectory() as tiny:
         smoke.prepare(Path(tiny))
         processor = AutoProcessor.from_pretrained(Path(tiny) / "model")
-    processor.image_processor.size = {"shortest_edge": shapes.pixels}
-    processor.image_processor.crop_size = {"height": shapes.pixels, "width": shapes.pixels}
+    processor.image_processor.size = {"shortest_edge": sizes.pixels}
+    processor.image_processor.crop_size = {"height": sizes.pixels, "width": sizes.pixels}
     processor.patch_size = PATCH
     tokenizer = processor.tokenizer
-    vision = CLIPVisionConfig(**shapes.vision, image_size=shapes.pixels, patch_size=PATCH)
+    vision = CLIPVisionConfig(**sizes.vision, image_size=sizes.pixels, patch_size=PATCH)
     text = LlamaConfig(
-        **shapes.text,
+        **sizes.text,
+        tie_word_embeddings=sizes.tied,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -123,7 +89,7 @@ def build(
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        tie_word_embeddings=shapes.text["tie_word_embeddings"],
+        tie_word_embeddings=sizes.tied,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -132,7 +98,7 @@ def build(
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    _name_tokens(folder / "model" / "tokenizer.json", shapes.text["vocab_size"])
+    _name_tokens(folder / "model" / "tokenizer.json", sizes.text["vocab_size"])
     return folder
 
 
@@ -189,6 +155,22 @@ def quiet_run(config: ExperimentConfig) -> Results:
     EVENTS.clear()
     with contextlib.redirect_stdout(io.StringIO()):
         return run(config)
+
+
+def trained_module(config: ExperimentConfig, stage: int) -> MCITModule:
+    """The model as a run has left it after its stage of that number, from 1 on, for evaluation."""
+    backbone = load_backbone(config.backbone, precision=resolve_precision(config.trainer))
+    module = MCITModule(backbone, build_strategy(config.strategy), config)
+    assert config.out is not None
+    module.load_weights(read_checkpoint(Path(config.out) / f"stage_{stage:02d}" / "final.ckpt"))
+    return module.eval()
+
+
+def evaluation_stream(config: ExperimentConfig, module: MCITModule, task: str) -> ContinualDataModule:
+    """The stream whose first test loader is that of a task."""
+    stream = ContinualDataModule(config, module.processor, module.strategy.stages(config.order))
+    stream.evaluate_only([task])
+    return stream
 
 
 class Clock(L.Callback):
@@ -256,38 +238,49 @@ SPANS: list[Span] = []
 """What `Epochs` has noted."""
 
 
-class Epochs(L.Callback):
-    """Notes each epoch in `SPANS`. The device is waited for at both ends of an epoch and never between."""
+class Meter:
+    """Counts what is trained from now on; the device is waited for at both ends and never between."""
 
     def __init__(self) -> None:
-        self.begin, self.tokens, self.answers = 0.0, 0, 0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.steps, self.tokens, self.answers, self.begin = 0, 0, 0, now()
+
+    def count(self, batch: dict[str, Any]) -> None:
+        """A step on this batch was taken."""
+        self.steps += 1
+        self.tokens += batch["num_tokens"]
+        self.answers += batch["targets"].numel()
+
+    def span(self, parameters: Iterable[torch.nn.Parameter]) -> Span:
+        """What was counted. Of the parameters, those that train are."""
+        seconds = now() - self.begin
+        trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        return Span(self.steps, seconds, self.tokens, self.answers, trained, peak)
+
+
+class Epochs(L.Callback):
+    """Notes each epoch in `SPANS`."""
+
+    def __init__(self) -> None:
+        self.meter: Meter | None = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """A micro-batch is done."""
         if batch_idx == 0:
-            self.begin, self.tokens, self.answers = started(), 0, 0
+            self.meter = Meter()
             return
-        self.tokens += batch["num_tokens"]
-        self.answers += batch["targets"].numel()
+        assert self.meter is not None
+        self.meter.count(batch)
         if trainer.is_last_batch:
-            trained = sum(value.numel() for value in pl_module.parameters() if value.requires_grad)
-            SPANS.append(finished(self.begin, batch_idx, self.tokens, self.answers, trained))
+            SPANS.append(self.meter.span(pl_module.parameters()))
 
 
-def started() -> float:
-    """Now, when the device has done what it was given; its peak of memory starts anew."""
+def now() -> float:
+    """The clock, when the device has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     return CLOCK[0]()
-
-
-def finished(begin: float, steps: int, tokens: int, answers: int, trained: int) -> Span:
-    """The span since then."""
-    peak = None
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated()
-    return Span(steps, CLOCK[0]() - begin, tokens, answers, trained, peak)

@@ -110,11 +110,12 @@ def test_answers_of_the_random_model_are_as_long_as_asked_for_and_have_a_text(
 ) -> None:
     import evaluation
     import workload
+    from sizes import QUICKSTART
     from transformers import AutoTokenizer
 
     workload.build(tmp_path, layers=4, train=8, test=4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert len(tokenizer) == workload.QUICKSTART.text["vocab_size"]
+    assert len(tokenizer) == QUICKSTART.text["vocab_size"]
     sentence = "Answer the question using a single word or phrase."
     assert tokenizer.decode(tokenizer(sentence).input_ids) == sentence
     assert len({tokenizer.decode([number]) for number in range(1000, 2000)}) == 1000

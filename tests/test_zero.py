@@ -82,18 +82,23 @@ def go_on(data: str, root: str) -> None:
     run(accumulating(data, f"{root}/ddp", "ddp"))
 
 
+def deepspeed_variables() -> dict[str, str]:
+    """What a process of its own needs for DeepSpeed on a CPU. Skips the test where the package is missing."""
+    pytest.importorskip("deepspeed")
+    paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 @pytest.fixture(scope="module")
 def runs(smoke_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with all runs. Half of the rows of the second task have no image."""
-    pytest.importorskip("deepspeed")
+    variables = deepspeed_variables()
     root = tmp_path_factory.mktemp("zero")
     data = root / "data"
     shutil.copytree(smoke_root, data)
     for split in ("train", "val", "test"):
         drop_images(data / TASKS[1] / f"{split}.json")
     work(str(data), str(root / "1"), 1, "auto", NAMES)
-    paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
     for step in ("train", "go_on"):
         code = f"import {__name__} as test; test.{step}({str(data)!r}, {str(root)!r})"
         wait_for(start_ranks(code, 2, root, **variables), 900)
@@ -142,9 +147,7 @@ def test_a_killed_stage_goes_on_under_ddp(runs: Path) -> None:
 
 @pytest.mark.slow
 def test_torchrun_starts_it_with_the_command_line(smoke_root: Path, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    paths = [str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
+    variables = deepspeed_variables()
     for engine in (ZERO2, "ddp"):
         settings = [f"data.root={smoke_root}", "prepare=null", f"out={tmp_path / engine}", "trainer.accelerator=cpu"]
         settings += ["trainer.devices=2", f"trainer.strategy={engine}"]
