@@ -124,7 +124,8 @@ class Rank:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_rank_zero_goes_first_and_says_if_it_has_failed(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    here, store, seen = threading.local(), torch.distributed.HashStore(), []
+    here, store = threading.local(), torch.distributed.HashStore()
+    entered, said = list[int](), dict[int, str]()
     monkeypatch.setattr(launch, "launcher", lambda: Rank(here.rank))
     monkeypatch.setattr(launch, "_store", lambda *_: store)
     monkeypatch.setattr(launch, "_turns", itertools.repeat(0))
@@ -133,19 +134,20 @@ def test_rank_zero_goes_first_and_says_if_it_has_failed(fails: bool, monkeypatch
         here.rank = rank
         try:
             with rank_zero_first():
+                entered.append(rank)
                 if fails:
                     raise OSError("disk full")
-                seen.append(rank)
         except (OSError, ValueError) as error:
-            seen.append(str(error))
+            said[rank] = str(error)
 
     other = threading.Thread(target=enter, args=(1,))
     other.start()
     other.join(0.2)
-    assert not seen and other.is_alive()
+    assert not entered and not said and other.is_alive()
     enter(0)
     other.join(20)
-    assert seen == (["disk full", "rank zero could not start; see its message"] if fails else [0, 1])
+    assert entered == ([0] if fails else [0, 1])
+    assert said == ({0: "disk full", 1: "rank zero could not start; see its message"} if fails else {})
 
 
 def settings(smoke_root: Path, out: Path, *more: str) -> list[str]:
